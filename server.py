@@ -1,0 +1,695 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp==3.14.5", "numpy==2.4.6", "opencv-python-headless==4.14.0.94"]
+# ///
+"""A face detection server: post a photo, get it back with a box around each face, watch all of them arrive.
+
+SESSION
+"""
+
+import argparse
+import asyncio
+import contextlib
+import email
+import functools
+import json
+import logging
+import os
+import re
+import signal
+import struct
+import sys
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+# OpenCV reads this limit once, when it is imported. It only backs up --max-megapixels, which is checked before.
+MAX_MEGAPIXELS = 250
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_MEGAPIXELS * 10**6))
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+from aiohttp import WSCloseCode, web  # noqa: E402
+from aiohttp.typedefs import Handler  # noqa: E402
+
+ROOT = Path(__file__).parent
+CASCADE = "haarcascade_frontalface_default.xml"  # beside this file, or else in the OpenCV wheel
+MIB = 2**20  # bytes
+
+DETECT_SIDE = 1024  # px, the longer side of the copy that is searched: more takes longer and imagines more faces
+MAX_JPEG_SIDE = 65_500  # px, libjpeg's JPEG_MAX_DIMENSION
+JPEG_QUALITY = 90  # of 100: no loss that one sees
+MAX_PARTS = 1000  # of a form: each takes some 30 us to read
+
+HEARTBEAT = 25  # s between pings: proxies drop a silent connection after 30 to 60
+MAX_MESSAGE = 1024  # bytes in a watcher's message: it has nothing to say
+MAX_UNREAD = 32 * 1024  # bytes for a watcher that the network does not take: some 400 URLs
+DRAIN_TIMEOUT = 4  # s for the photos under way when the server stops; Docker kills it after 10
+GOODBYE_TIMEOUT = 1  # s for the watchers to return the goodbye, and then for the answers to be sent
+
+FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # the markers SOF0 to SOF15 of a JPEG
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+HOST = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")  # a name or address, maybe a port
+
+log = logging.getLogger("faces")
+Pixels = np.ndarray[Any, np.dtype[Any]]  # BGR, (height, width, 3), uint8
+T = TypeVar("T")
+
+
+def option(default: T, help: str) -> T:
+    """A field of Config that is an option of the command line."""
+    value: T = field(default=default, metadata={"help": help})
+    return value
+
+
+@dataclass(frozen=True)
+class Config:
+    """What can be set, here or on the command line."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
+    port: int = option(8282, "port to listen on; 0 takes a free one")
+    public_url: str = option("", "URL that all clients know this server by, where it is behind a proxy")
+    allow_origin: tuple[str, ...] = option((), "site whose pages may use this server, * for all; may be repeated")
+    keep: int = option(100, "images to keep")
+    keep_mb: int = option(128, "MiB of images to keep")
+    max_mb: int = option(20, "MiB in a body")
+    max_megapixels: int = option(50, f"megapixels in a photo, {MAX_MEGAPIXELS} at most")
+    upload_timeout: int = option(40, "seconds for an upload")
+    queue: int = option(8, "photos that may wait for each thread; there is a thread for each CPU")
+    max_clients: int = option(1000, "watchers at a time")
+
+
+# --- The image: bytes in, bytes out, nothing of HTTP ---
+
+
+class UnsupportedPhoto(Exception):
+    """It is in none of the formats that are read; the text says what to do."""
+
+
+class BadPhoto(Exception):
+    """It is damaged or too large; the text says which."""
+
+
+class Face(NamedTuple):
+    """The box around a face, in pixels of the upright photo from its top left corner."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+class Annotated(NamedTuple):
+    """An upright photo with a box around each face, as a JPEG without metadata; width and height in pixels."""
+
+    jpeg: bytes
+    width: int
+    height: int
+    faces: list[Face]
+
+
+def annotate(photo: bytes, max_megapixels: float = Config.max_megapixels) -> Annotated:
+    """Find the faces in a JPEG, PNG, WebP or GIF and draw a box around each. Safe in any number of threads.
+
+    Raises UnsupportedPhoto or BadPhoto.
+    """
+    try:
+        width, height = pixel_size(photo)
+    except (IndexError, ValueError, struct.error):
+        raise BadPhoto("The photo ends within its header.") from None
+    megapixels = width * height / 1e6
+    if megapixels > max_megapixels:
+        size = f"{width} x {height} pixels, {megapixels:.1f} megapixels"
+        raise BadPhoto(f"The photo has {size}; the limit is {max_megapixels} (--max-megapixels).")
+    if max(width, height) > MAX_JPEG_SIDE:
+        raise BadPhoto(f"The photo has {width} x {height} pixels; a JPEG has at most {MAX_JPEG_SIDE} a side.")
+    image = decode(photo)
+    faces = default_detector()(image)
+    line = max(2, max(image.shape[:2]) // 250)  # px: as wide on a screen, however large the photo
+    for x, y, w, h in faces:
+        cv2.rectangle(image, (x, y), (x + w, y + h), (0, 0, 0), 2 * line)  # a black edge, to stand out from green
+        cv2.rectangle(image, (x, y), (x + w, y + h), (0, 255, 0), line)
+    _, jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    return Annotated(jpeg.tobytes(), image.shape[1], image.shape[0], faces)
+
+
+def pixel_size(photo: bytes) -> tuple[int, int]:
+    """Width and height in pixels by the header, before OpenCV allocates whatever that claims.
+
+    The first bytes tell the format: OpenCV reads many more, which nobody here asked for. Raises UnsupportedPhoto,
+    BadPhoto, and IndexError or struct.error where the header is cut short.
+    """
+    if photo.startswith(b"\x89PNG\r\n\x1a\n"):
+        return struct.unpack_from(">II", photo, 16)
+    if photo.startswith((b"GIF87a", b"GIF89a")):
+        return struct.unpack_from("<HH", photo, 6)
+    if photo.startswith(b"RIFF") and photo[8:16] == b"WEBPVP8 ":  # RFC 9649: lossy, lossless, extended
+        width, height = struct.unpack_from("<HH", photo, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if photo.startswith(b"RIFF") and photo[8:16] == b"WEBPVP8L":
+        (bits,) = struct.unpack_from("<I", photo, 21)
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if photo.startswith(b"RIFF") and photo[8:16] == b"WEBPVP8X":
+        return 1 + int.from_bytes(photo[24:27], "little"), 1 + int.from_bytes(photo[27:30], "little")
+    if photo.startswith(b"\xff\xd8\xff"):  # ITU T.81, B.1: segments, each with its length, up to the frame header
+        at = 2
+        while True:
+            at = photo.index(b"\xff", at) + 1
+            marker = photo[at]
+            if marker in FRAME_HEADERS:
+                height, width = struct.unpack_from(">HH", photo, at + 4)
+                return width, height
+            if marker in (0xD9, 0xDA):  # the end, or the first scan
+                raise BadPhoto("The photo has no frame header.")
+            if 0x01 < marker < 0xD0 or 0xD8 < marker < 0xFF:  # all others stand alone, or fill
+                at += 1 + struct.unpack_from(">H", photo, at + 1)[0]
+    if photo[4:8] == b"ftyp" and photo[8:12] in HEIC_BRANDS:
+        raise UnsupportedPhoto("This is a HEIC photo; export it as JPEG (iPhone: Settings, Camera, Most Compatible).")
+    raise UnsupportedPhoto("This is no JPEG, PNG, WebP or GIF.")
+
+
+def decode(photo: bytes) -> Pixels:
+    """Decode to 8 bits a channel, turned upright by the EXIF orientation. Raises BadPhoto."""
+    try:
+        image = cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    except cv2.error as error:
+        raise BadPhoto(f"The photo does not decode: {error.err}.") from None
+    if image is None:
+        raise BadPhoto("The photo is damaged or cut short.")
+    if image.dtype != np.uint8:  # cameras use 10 to 16 bits of 16: keep the 8 highest in use
+        image = cv2.convertScaleAbs(image, alpha=2.0 ** min(0, 8 - int(image.max()).bit_length()))
+    return image
+
+
+class HaarDetector(threading.local):
+    """OpenCV's frontal-face Haar cascade (Viola and Jones, 2001). Returns a Face for each face in upright pixels.
+
+    A CascadeClassifier is not thread-safe: threading.local runs __init__ anew in each thread that uses the detector.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.cascade = cv2.CascadeClassifier()
+        storage = cv2.FileStorage(file.read_text(), cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY)
+        self.cascade.read(storage.getFirstTopLevelNode())  # by its text: OpenCV on Windows opens ASCII paths only
+
+    def __call__(self, image: Pixels) -> list[Face]:
+        grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+        height, width = grey.shape
+        scale = max(1.0, max(height, width) / DETECT_SIDE)
+        small = cv2.resize(grey, (max(1, round(width / scale)), max(1, round(height / scale))))
+        boxes = self.cascade.detectMultiScale(small, 1.1, 5, minSize=(30, 30))
+        return [Face(*(round(side * scale) for side in box)) for box in boxes]
+
+
+@functools.cache
+def default_detector() -> HaarDetector:
+    """The detector that all threads share, made when the first photo comes."""
+    beside = ROOT / CASCADE
+    return HaarDetector(beside if beside.exists() else Path(cv2.__file__).parent / "data" / CASCADE)
+
+
+# --- The store ---
+
+
+@dataclass(frozen=True)
+class Image:
+    """An annotated photo, and what is known of it; took_ms is from its last byte received to its JPEG."""
+
+    id: str
+    filename: str | None
+    took_ms: int
+    annotated: Annotated
+
+    def meta(self, base: str) -> dict[str, Any]:
+        """Its JSON, for a client that knows this server by the URL `base`."""
+        _, width, height, faces = self.annotated
+        boxes = [face._asdict() for face in faces]
+        known = {"width": width, "height": height, "faces": boxes, "filename": self.filename, "took_ms": self.took_ms}
+        return {"id": self.id, "url": f"{base}/image/{self.id}"} | known
+
+
+class Problem(Exception):
+    """An answer that is an error: its HTTP status, what is wrong, and headers."""
+
+    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(status, detail, headers)
+        self.status, self.detail, self.headers = status, detail, headers
+
+
+class Store:
+    """What became of each photo, by id: its Image or its Problem.
+
+    At most `max_images` and `max_bytes` are kept: the least recently used go first, the newest stays in any case.
+    """
+
+    def __init__(self, max_images: int, max_bytes: int) -> None:
+        self.max_images, self.max_bytes, self.bytes = max_images, max_bytes, 0
+        self.kept: OrderedDict[str, Image | Problem] = OrderedDict()
+        self.promised: dict[str, asyncio.Future[Image | Problem]] = {}
+
+    async def promise(self, id: str) -> None:
+        """Have those who get `id` wait until it is put."""
+        self.promised[id] = asyncio.get_running_loop().create_future()
+
+    async def put(self, id: str, outcome: Image | Problem) -> None:
+        """Keep an outcome, and hand it to those who wait for it."""
+        self.kept[id] = outcome
+        self.bytes += self.size(outcome)
+        while len(self.kept) > 1 and (len(self.kept) > self.max_images or self.bytes > self.max_bytes):
+            self.bytes -= self.size(self.kept.popitem(last=False)[1])
+        if id in self.promised:
+            self.promised.pop(id).set_result(outcome)
+
+    async def get(self, id: str) -> Image | Problem:
+        """Return an outcome, as soon as there is one; that counts as use. Raises KeyError."""
+        if id in self.promised:
+            return await asyncio.shield(self.promised[id])  # who goes away must not cancel it for the others
+        self.kept.move_to_end(id)
+        return self.kept[id]
+
+    @staticmethod
+    def size(outcome: Image | Problem) -> int:
+        return len(outcome.annotated.jpeg) if isinstance(outcome, Image) else 0
+
+
+# --- The watchers ---
+
+
+class Watcher(NamedTuple):
+    """A client on the websocket /faces, which knows this server by the URL `base`."""
+
+    socket: web.WebSocketResponse
+    transport: asyncio.WriteTransport
+    base: str
+    as_json: bool
+
+
+CONFIG = web.AppKey("CONFIG", Config)
+POOL = web.AppKey("POOL", ThreadPoolExecutor)
+STORE = web.AppKey("STORE", Store)
+JOBS: web.AppKey[set["asyncio.Task[Image | Problem]"]] = web.AppKey("JOBS")  # a task for each photo under way
+WATCHERS: web.AppKey[set[Watcher]] = web.AppKey("WATCHERS")
+STOPPING = web.AppKey("STOPPING", asyncio.Event)
+
+
+async def announce(app: web.Application, image: Image) -> None:
+    """Send the image's URL to every watcher. It is written to their buffers, so that none is waited for."""
+    watchers = app[WATCHERS]
+    for watcher in tuple(watchers):
+        if watcher.transport.get_write_buffer_size() > MAX_UNREAD:
+            log.info("A watcher that does not read is cut off")
+            watchers.discard(watcher)
+            watcher.transport.abort()  # close() would wait until all is read
+            continue
+        meta = image.meta(watcher.base)
+        with contextlib.suppress(ConnectionError):  # it is leaving, and its handler about to notice
+            await watcher.socket.send_str(json.dumps(meta, indent=2) if watcher.as_json else meta["url"])
+
+
+# --- The handlers, in the order in which a user meets them ---
+
+
+def commands(base: str) -> str:
+    """The commands to try on the server at the URL `base`."""
+    return f"""
+  watch   wscat -c {base.replace("http", "ws", 1)}/faces
+  post    curl -F image=@samples/astronaut.jpg {base}/image
+  check   curl {base}/health
+"""
+
+
+async def get_index(request: web.Request) -> web.Response:
+    """GET /: what this is, and how to use it."""
+    what = "Post a photo, and every watcher gets the URL of the same photo with a box around each face.\n"
+    return web.Response(text=f"{what}{commands(base_url(request))}\nStart your own: python server.py\n")
+
+
+async def get_faces(request: web.Request) -> web.WebSocketResponse:
+    """GET /faces: a websocket that gets the URL of each new image, or its JSON with ?format=json."""
+    app = request.app
+    socket = web.WebSocketResponse(
+        timeout=GOODBYE_TIMEOUT,
+        heartbeat=HEARTBEAT,
+        max_msg_size=MAX_MESSAGE,
+        compress=False,  # 256 KiB a watcher, to shorten 80 bytes
+        writer_limit=sys.maxsize,  # send_str() never waits: announce() sees to those who do not read
+    )
+    if not socket.can_prepare(request):
+        connect = f"wscat -c {base_url(request).replace('http', 'ws', 1)}/faces"
+        headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+        raise Problem(426, f"This is a websocket. Connect with: {connect}", headers)
+    if request.query.get("format", "json") != "json":
+        raise Problem(400, "The format can only be json; without one you get the URL alone.")
+    if app[STOPPING].is_set():
+        raise Problem(503, "The server is stopping.")
+    if len(app[WATCHERS]) >= app[CONFIG].max_clients:
+        raise Problem(503, f"There are {app[CONFIG].max_clients} watchers already (--max-clients).")
+    await socket.prepare(request)
+    assert request.transport is not None
+    watcher = Watcher(socket, request.transport, base_url(request), "format" in request.query)
+    app[WATCHERS].add(watcher)
+    try:
+        async for _ in socket:
+            pass  # it has nothing to say
+    finally:
+        app[WATCHERS].discard(watcher)
+        if socket.close_code == WSCloseCode.ABNORMAL_CLOSURE:
+            watcher.transport.abort()  # it does not answer: close() would wait until all is read
+    return socket
+
+
+async def post_image(request: web.Request) -> web.Response:
+    """POST /image: find the faces in the photo that is the body, or a file in its form."""
+    app, threads, queue = request.app, usable_cpus(), request.app[CONFIG].queue
+    filename, photo = await read_photo(request)
+    if app[STOPPING].is_set():
+        raise Problem(503, "The server is stopping.")
+    if len(app[JOBS]) >= threads * (1 + queue):
+        raise Problem(503, f"{threads * queue} photos are waiting already, {queue} for each thread (--queue).")
+    id = str(uuid.uuid4())
+    url = f"{base_url(request)}/image/{id}"
+    preferences = ",".join(request.headers.getall("Prefer", [])).lower().split(",")  # RFC 7240
+    respond_async = "respond-async" in (each.partition(";")[0].strip() for each in preferences)
+    if respond_async:
+        await app[STORE].promise(id)
+    job = asyncio.create_task(process(app, id, filename, photo, respond_async))
+    app[JOBS].add(job)
+    job.add_done_callback(app[JOBS].discard)
+    if respond_async:
+        return json_response({"id": id, "url": url}, 202, {"Location": url, "Preference-Applied": "respond-async"})
+    outcome = await asyncio.shield(job)  # for who goes away meanwhile, too
+    if isinstance(outcome, Problem):
+        raise outcome
+    return json_response(outcome.meta(base_url(request)), 201, {"Location": url})
+
+
+async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
+    """The photo in the body or its form, and its name there. Raises Problem where it goes beyond the limits."""
+    config, body = request.app[CONFIG], bytearray()
+    limit, too_large = config.max_mb * MIB, Problem(413, f"The body is over {config.max_mb} MiB (--max-mb).")
+    if (request.content_length or 0) > limit:
+        raise too_large
+    try:
+        async with asyncio.timeout(config.upload_timeout):
+            async for chunk in request.content.iter_any():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise Problem(408, f"The upload took over {config.upload_timeout} s (--upload-timeout).") from None
+    except web.RequestPayloadError as error:
+        raise Problem(400, f"The body is malformed: {error}") from None
+    filename, photo = None, bytes(body)
+    if request.content_type.startswith("multipart/"):
+        filename, photo = file_in_form(request.headers["Content-Type"], photo)
+    if not photo:
+        raise Problem(400, "There is no photo, only an empty file or body. Try: curl -F image=@photo.jpg")
+    return filename, photo
+
+
+def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
+    """Name and content of the first file in a multipart/form-data body (RFC 7578). Raises Problem.
+
+    For 100 kB, this takes a sixth of the time of aiohttp's reader, which also lets a preamble have any length.
+    """
+    boundary = email.message_from_string(f"Content-Type: {content_type}").get_boundary()
+    parts = (b"\r\n" + form).split(b"\r\n--" + boundary.encode(errors="replace"), MAX_PARTS) if boundary else []
+    file = None
+    for part in parts[1:]:
+        if part.startswith(b"--"):
+            if file:
+                return file
+            raise Problem(400, "There is no file in the form. Try: curl -F image=@photo.jpg")
+        head, end_of_head, content = part.partition(b"\r\n\r\n")
+        headers = email.message_from_string(head.strip().decode(errors="replace"))
+        if not end_of_head or headers.defects:
+            break
+        name = headers.get_filename()
+        if not file and (name or (name is not None and content)):  # a browser sends neither where none was chosen
+            if headers.get("Content-Transfer-Encoding", "binary").lower() not in ("binary", "8bit", "7bit"):
+                raise Problem(400, "The file in the form has a Content-Transfer-Encoding; send it as it is.")
+            file = name, content
+    raise Problem(400, f"The form is malformed (RFC 7578), or has over {MAX_PARTS} parts.")
+
+
+async def process(app: web.Application, id: str, filename: str | None, photo: bytes, promised: bool) -> Image | Problem:
+    """Annotate a photo in a thread of the pool, keep what becomes of it, and tell the watchers."""
+    start, loop = time.monotonic(), asyncio.get_running_loop()
+    outcome: Image | Problem
+    try:
+        annotated = await loop.run_in_executor(app[POOL], annotate, photo, app[CONFIG].max_megapixels)
+        outcome = Image(id, filename, round((time.monotonic() - start) * 1000), annotated)
+    except UnsupportedPhoto as error:
+        outcome = Problem(415, str(error))
+    except BadPhoto as error:
+        outcome = Problem(422, str(error))
+    except asyncio.CancelledError:
+        outcome = Problem(503, "The server stopped before the photo had its turn.")
+    except Exception:
+        log.exception("%r failed", filename)
+        outcome = Problem(500, "The server failed on this photo; its log says why.")
+    if promised or isinstance(outcome, Image):
+        await app[STORE].put(id, outcome)
+    if isinstance(outcome, Image):
+        await announce(app, outcome)
+        _, width, height, faces = annotated
+        counts = len(faces), outcome.took_ms, len(app[WATCHERS])
+        log.info("%r: %d x %d px, %d faces, %d ms, %d watchers", filename, width, height, *counts)
+    else:
+        log.info("%r: %d %s", filename, outcome.status, outcome.detail)
+    return outcome
+
+
+async def get_image(request: web.Request) -> web.Response:
+    """GET /image/{id}: the annotated JPEG; one that is under way is waited for."""
+    image = await kept_image(request)
+    headers = {"Cache-Control": "private, max-age=31536000, immutable"}
+    return web.Response(body=image.annotated.jpeg, content_type="image/jpeg", headers=headers)
+
+
+async def get_meta(request: web.Request) -> web.Response:
+    """GET /image/{id}/meta: the JSON of the POST."""
+    image = await kept_image(request)
+    return json_response(image.meta(base_url(request)))
+
+
+async def kept_image(request: web.Request) -> Image:
+    """The image that the path names. Raises Problem where there is none."""
+    config = request.app[CONFIG]
+    try:
+        outcome = await request.app[STORE].get(request.match_info["id"])
+    except KeyError:
+        kept = f"the last {config.keep} are kept, up to {config.keep_mb} MiB (--keep, --keep-mb)"
+        raise Problem(404, f"There is no such image; {kept}.") from None
+    if isinstance(outcome, Problem):
+        raise Problem(*outcome.args)  # a copy: raised again, it would hold on to each request
+    return outcome
+
+
+async def get_health(request: web.Request) -> web.Response:
+    """GET /health: 200 as long as photos are taken."""
+    app, stopping = request.app, request.app[STOPPING].is_set()
+    health = {
+        "status": "stopping" if stopping else "ok",
+        "clients": len(app[WATCHERS]),
+        "images": len(app[STORE].kept),
+        "bytes": app[STORE].bytes,
+        "queued": len(app[JOBS]),
+    }
+    return json_response(health, 503 if stopping else 200)
+
+
+# --- What the handlers share ---
+
+
+def json_response(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    """JSON, laid out for people with curl."""
+    text = json.dumps(data, indent=2) + "\n"
+    return web.Response(text=text, status=status, headers=headers, content_type="application/json")
+
+
+def problem_response(problem: Problem) -> web.Response:
+    """An error as application/problem+json (RFC 9457)."""
+    title = HTTPStatus(problem.status).phrase
+    document = {"title": title, "status": problem.status, "detail": problem.detail}
+    response = json_response(document, problem.status, problem.headers)
+    response.content_type = "application/problem+json"
+    if problem.status == 503:
+        response.headers["Retry-After"] = "1"  # s
+    return response
+
+
+def base_url(request: web.Request) -> str:
+    """The URL by which the client knows this server. X-Forwarded headers are not trusted."""
+    return request.app[CONFIG].public_url or f"{request.scheme}://{request.headers['Host']}"
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer each error as a problem, aiohttp's 404 and 405 as well."""
+    try:
+        return await handler(request)
+    except Problem as problem:
+        return problem_response(problem)
+    except web.HTTPException as error:
+        allow = {name: value for name, value in error.headers.items() if name == "Allow"}
+        return problem_response(Problem(error.status, HTTPStatus(error.status).description, allow))
+    except ConnectionError:
+        raise  # the client is gone
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        return problem_response(Problem(500, "The server failed on this request; its log says why."))
+
+
+@web.middleware
+async def check_origin(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse a Host that is none, and the pages of other sites: they could use a server on their reader's machine."""
+    hosts = request.headers.getall("Host", [])
+    if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
+        raise Problem(400, "The request needs one Host header, with a name or an address and maybe a port.")
+    origin = request.headers.get("Origin")
+    sent_to = f"http://{hosts[0]}"
+    if origin is None or site(origin) in (site(sent_to), site(request.app[CONFIG].public_url or sent_to)):
+        return await handler(request)
+    if {"*", origin}.isdisjoint(request.app[CONFIG].allow_origin):
+        raise Problem(403, f"A page of {origin} may not use this server (--allow-origin).")
+    request["allowed"] = origin
+    if request.method == "OPTIONS":
+        methods = {"Access-Control-Allow-Methods": "GET, HEAD, POST, PUT"}
+        return web.Response(status=204, headers=methods | {"Access-Control-Allow-Headers": "Content-Type, Prefer"})
+    return await handler(request)
+
+
+def site(url: str) -> str:
+    """Host and port of a URL. A proxy changes the scheme, so the ports that schemes imply do not count."""
+    return re.sub(":(80|443)$", "", url.partition("://")[2].partition("/")[0].lower())
+
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Have browsers take an answer for what it says it is, and pages of allowed sites read it."""
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    if request.app[CONFIG].allow_origin:
+        response.headers["Vary"] = "Origin"
+    if "allowed" in request:
+        response.headers["Access-Control-Allow-Origin"] = request["allowed"]
+        response.headers["Access-Control-Expose-Headers"] = "Location, Preference-Applied, Retry-After"
+
+
+# --- The application ---
+
+
+def usable_cpus() -> int:
+    """The CPUs that this process may use, as far as the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def create_app(config: Config) -> web.Application:
+    """The server, for web.run_app(), a test, or serve()."""
+    app = web.Application(middlewares=[answer_errors, check_origin])
+    app[CONFIG] = config
+    app[POOL] = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="annotate")
+    app[STORE] = Store(config.keep, config.keep_mb * MIB)
+    app[JOBS] = set()
+    app[WATCHERS] = set()
+    app[STOPPING] = asyncio.Event()
+    app.router.add_get("/", get_index)
+    app.router.add_get("/faces", get_faces, allow_head=False)
+    app.router.add_post("/image", post_image)
+    app.router.add_put("/image", post_image)  # what curl -T sends
+    app.router.add_get("/image/{id}", get_image)
+    app.router.add_get("/image/{id}/meta", get_meta)
+    app.router.add_get("/health", get_health)
+    app.on_response_prepare.append(add_headers)
+    app.on_shutdown.append(drain)
+    return app
+
+
+async def drain(app: web.Application) -> None:
+    """Take no more photos, finish and announce those under way, and send the watchers away with 1001."""
+    jobs, watchers = app[JOBS], app[WATCHERS]
+    app[STOPPING].set()
+    if jobs:
+        _, late = await asyncio.wait(jobs, timeout=DRAIN_TIMEOUT)
+        for job in late:
+            job.cancel()
+    await asyncio.gather(*(each.socket.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in watchers))
+    app[POOL].shutdown(wait=False)
+
+
+class Connection(web.RequestHandler):
+    """aiohttp's connection, with what its parser refuses answered as a problem: that comes before any middleware."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        response = problem_response(Problem(status, message or HTTPStatus(status).description))
+        response.force_close()
+        return response
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGINT or SIGTERM, then finish what was accepted."""
+    app, stop, loop = create_app(config), asyncio.Event(), asyncio.get_running_loop()
+    runner = web.AppRunner(app, shutdown_timeout=GOODBYE_TIMEOUT)
+    await runner.setup()
+    manager = runner.server
+    assert manager is not None
+    server = await loop.create_server(lambda: Connection(manager, loop=loop), config.host, config.port, backlog=1024)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    host, port = server.sockets[0].getsockname()[:2]
+    host = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    print(commands(config.public_url or f"http://{host}:{port}"), flush=True)
+    await stop.wait()
+    await drain(app)  # before cleanup(), after which nothing more is read, not even the goodbyes
+    await runner.cleanup()
+    server.close()
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """Read the command line; each field of Config is an option of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for each in fields(Config):
+        name, help = "--" + each.name.replace("_", "-"), f"{each.metadata['help']} (default: {each.default or 'none'})"
+        if each.name == "allow_origin":
+            parser.add_argument(name, action="append", default=[], metavar="URL", help=help)
+        else:
+            parser.add_argument(name, type=type(each.default), default=each.default, help=help)
+    options = parser.parse_args(arguments)
+    options.allow_origin = tuple(options.allow_origin)
+    for name, value in vars(options).items():
+        if isinstance(value, int) and value < (0 if name in ("port", "queue") else 1):
+            parser.error(f"--{name.replace('_', '-')} {value} is too small")
+    for url in (options.public_url, *options.allow_origin):
+        if url not in ("", "*") and not re.match("https?://.", url):
+            parser.error(f"{url} is no URL: it begins with neither http:// nor https://")
+    if options.max_megapixels > MAX_MEGAPIXELS:
+        parser.error(f"--max-megapixels can be {MAX_MEGAPIXELS} at most")
+    return Config(**vars(options))
+
+
+def main() -> None:
+    """Run the server."""
+    config = parse_config(sys.argv[1:])
+    if not hasattr(cv2, "CascadeClassifier"):
+        sys.exit(f"OpenCV {cv2.__version__} has no CascadeClassifier: pip install 'opencv-python-headless>=4.12,<5'")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)  # one line a photo is enough
+    try:
+        asyncio.run(serve(config))
+    except OSError as error:
+        sys.exit(f"Cannot listen on {config.host} port {config.port} (--host, --port): {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()
