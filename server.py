@@ -338,7 +338,7 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
     socket = web.WebSocketResponse(
         timeout=GOODBYE_TIMEOUT,
         heartbeat=HEARTBEAT,
-        max_msg_size=MAX_MESSAGE,
+        max_msg_size=MAX_MESSAGE + 1,  # aiohttp takes less than that
         compress=False,  # 256 KiB a watcher, to shorten 80 bytes
         writer_limit=sys.maxsize,  # send_str() never waits: announce() sees to those who do not read
     )
@@ -649,7 +649,7 @@ async def serve(config: Config) -> None:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
     host, port = server.sockets[0].getsockname()[:2]
     host = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    print(commands(config.public_url or f"http://{host}:{port}"), flush=True)
+    print(commands(f"http://{host}:{port}"), flush=True)
     await stop.wait()
     await drain(app)  # before cleanup(), after which nothing more is read, not even the goodbyes
     await runner.cleanup()
@@ -667,6 +667,7 @@ def parse_config(arguments: list[str]) -> Config:
             parser.add_argument(name, type=type(each.default), default=each.default, help=help)
     options = parser.parse_args(arguments)
     options.allow_origin = tuple(options.allow_origin)
+    options.public_url = options.public_url.rstrip("/")
     for name, value in vars(options).items():
         if isinstance(value, int) and value < (0 if name in ("port", "queue") else 1):
             parser.error(f"--{name.replace('_', '-')} {value} is too small")
