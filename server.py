@@ -5,7 +5,31 @@
 # ///
 """A face detection server: post a photo, get it back with a box around each face, watch all of them arrive.
 
-SESSION
+    $ python server.py &
+    $ curl -F image=@samples/astronaut.jpg http://localhost:8282/image
+    {
+      "id": "61e4cb8f-3122-4690-8a6a-115eb691427e",
+      "url": "http://localhost:8282/image/61e4cb8f-3122-4690-8a6a-115eb691427e",
+      "width": 512,
+      "height": 512,
+      "faces": [
+        {
+          "x": 176,
+          "y": 67,
+          "width": 95,
+          "height": 95,
+          "score": 34
+        }
+      ],
+      "filename": "astronaut.jpg",
+      "took_ms": 45
+    }
+
+Meanwhile, in another terminal:
+
+    $ wscat -c ws://localhost:8282/faces
+    Connected (press CTRL+C to quit)
+    < http://localhost:8282/image/61e4cb8f-3122-4690-8a6a-115eb691427e
 """
 
 import argparse
@@ -24,11 +48,12 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from http import HTTPStatus
 from pathlib import Path
+from socket import SO_SNDBUF, SOL_SOCKET
 from typing import Any, NamedTuple, TypeVar
 
 # OpenCV reads this limit once, when it is imported. It only backs up --max-megapixels, which is checked before.
@@ -44,14 +69,25 @@ ROOT = Path(__file__).parent
 CASCADE = "haarcascade_frontalface_default.xml"  # beside this file, or else in the OpenCV wheel
 MIB = 2**20  # bytes
 
-DETECT_SIDE = 1024  # px, the longer side of the copy that is searched: more takes longer and imagines more faces
+HAAR_WINDOW = 24  # px, the side of the window that the cascade was trained on
+HAAR_SMALLEST = 30  # px, the smallest face that is looked for: a smaller one looks like any texture
+HAAR_PER_SIDE = 34  # and none under 1/34 of the longer side: no photo costs more than one of 1024 px
+HAAR_COARSE = 2 ** (1 / 3)  # from one size of windows to the next in the scan: three to an octave
+HAAR_DENSE = 1.1  # the same in a view
+HAAR_FACE, HAAR_VIEW = 32, 44  # px, the sides of the proposed face in a view, and of the view
+HAAR_VIEWS = ((0, False), (-8, True), (8, True), (-16, False), (16, False))  # degrees turned, and whether mirrored
+HAAR_PROPOSALS = 128  # that are verified in a photo at most, the best first
+HAAR_SCORE = 17  # windows: the least score
+YUNET_SIDE = 640  # px, the longer side of the copy that the network sees
+YUNET_SCORE = 0.7  # of 1: the least score
+OVERLAP = 0.3  # intersection over union, from which two boxes are of one face
 MAX_JPEG_SIDE = 65_500  # px, libjpeg's JPEG_MAX_DIMENSION
 JPEG_QUALITY = 90  # of 100: no loss that one sees
 MAX_PARTS = 1000  # of a form: each takes some 30 us to read
 
 HEARTBEAT = 25  # s between pings: proxies drop a silent connection after 30 to 60
 MAX_MESSAGE = 1024  # bytes in a watcher's message: it has nothing to say
-MAX_UNREAD = 32 * 1024  # bytes for a watcher that the network does not take: some 400 URLs
+MAX_UNREAD = 32 * 1024  # bytes that may wait for a watcher, in the system and again here: some 400 URLs each
 DRAIN_TIMEOUT = 4  # s for the photos under way when the server stops; Docker kills it after 10
 GOODBYE_TIMEOUT = 1  # s for the watchers to return the goodbye, and then for the answers to be sent
 
@@ -85,6 +121,10 @@ class Config:
     upload_timeout: int = option(40, "seconds for an upload")
     queue: int = option(8, "photos that may wait for each thread; there is a thread for each CPU")
     max_clients: int = option(1000, "watchers at a time")
+    model: str = option("", "file to find faces with: a YuNet network in .onnx or a cascade in OpenCV's XML")
+    min_score: float = option(
+        0.0, f"score that a face needs; 0 is {HAAR_SCORE} with a cascade, {YUNET_SCORE} with YuNet"
+    )
 
 
 # --- The image: bytes in, bytes out, nothing of HTTP ---
@@ -99,12 +139,18 @@ class BadPhoto(Exception):
 
 
 class Face(NamedTuple):
-    """The box around a face, in pixels of the upright photo from its top left corner."""
+    """The box around a face, in pixels of the upright photo from its top left corner, and its detector's score."""
 
     x: int
     y: int
     width: int
     height: int
+    score: float
+
+    def within(self, width: int, height: int) -> "Face":
+        """The same with the part of the box that lies on a photo of that size."""
+        x, y = max(0, self.x), max(0, self.y)
+        return Face(x, y, min(width, self.x + self.width) - x, min(height, self.y + self.height) - y, self.score)
 
 
 class Annotated(NamedTuple):
@@ -116,7 +162,12 @@ class Annotated(NamedTuple):
     faces: list[Face]
 
 
-def annotate(photo: bytes, max_megapixels: float = Config.max_megapixels) -> Annotated:
+Detector = Callable[[Pixels], list[Face]]
+
+
+def annotate(
+    photo: bytes, find_faces: Detector | None = None, max_megapixels: float = Config.max_megapixels
+) -> Annotated:
     """Find the faces in a JPEG, PNG, WebP or GIF and draw a box around each. Safe in any number of threads.
 
     Raises UnsupportedPhoto or BadPhoto.
@@ -132,13 +183,14 @@ def annotate(photo: bytes, max_megapixels: float = Config.max_megapixels) -> Ann
     if max(width, height) > MAX_JPEG_SIDE:
         raise BadPhoto(f"The photo has {width} x {height} pixels; a JPEG has at most {MAX_JPEG_SIDE} a side.")
     image = decode(photo)
-    faces = default_detector()(image)
-    line = max(2, max(image.shape[:2]) // 250)  # px: as wide on a screen, however large the photo
-    for x, y, w, h in faces:
+    height, width = image.shape[:2]
+    faces = [face.within(width, height) for face in (find_faces or load_detector())(image)]
+    line = max(2, max(width, height) // 250)  # px: as wide on a screen, however large the photo
+    for x, y, w, h, _ in faces:
         cv2.rectangle(image, (x, y), (x + w, y + h), (0, 0, 0), 2 * line)  # a black edge, to stand out from green
         cv2.rectangle(image, (x, y), (x + w, y + h), (0, 255, 0), line)
     _, jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    return Annotated(jpeg.tobytes(), image.shape[1], image.shape[0], faces)
+    return Annotated(jpeg.tobytes(), width, height, faces)
 
 
 def pixel_size(photo: bytes) -> tuple[int, int]:
@@ -190,30 +242,111 @@ def decode(photo: bytes) -> Pixels:
 
 
 class HaarDetector(threading.local):
-    """OpenCV's frontal-face Haar cascade (Viola and Jones, 2001). Returns a Face for each face in upright pixels.
+    """Frontal faces by a Haar cascade (Viola and Jones, 2001), proposed by a coarse scan and verified one by one.
 
-    A CascadeClassifier is not thread-safe: threading.local runs __init__ anew in each thread that uses the detector.
+    A face's score is the number of windows that pass the cascade when the face is looked at from five sides. A face
+    bears to be turned and mirrored a little; what only looks like one by chance does not.
+    Raises ValueError if the file is no cascade. OpenCV's detectors are not thread-safe: threading.local runs __init__
+    anew in each thread.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, min_score: float) -> None:
+        self.min_score = min_score or HAAR_SCORE
         self.cascade = cv2.CascadeClassifier()
-        storage = cv2.FileStorage(file.read_text(), cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY)
-        self.cascade.read(storage.getFirstTopLevelNode())  # by its text: OpenCV on Windows opens ASCII paths only
+        try:  # by its text: OpenCV on Windows opens no path beyond ASCII
+            storage = cv2.FileStorage(file.read_text(), cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY)
+            valid = self.cascade.read(storage.getFirstTopLevelNode())
+        except (UnicodeDecodeError, SystemError, cv2.error):
+            valid = False
+        if not valid:
+            raise ValueError(f"{file} is no cascade in OpenCV's XML")
 
     def __call__(self, image: Pixels) -> list[Face]:
-        grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-        height, width = grey.shape
-        scale = max(1.0, max(height, width) / DETECT_SIDE)
-        small = cv2.resize(grey, (max(1, round(width / scale)), max(1, round(height / scale))))
-        boxes = self.cascade.detectMultiScale(small, 1.1, 5, minSize=(30, 30))
-        return [Face(*(round(side * scale) for side in box)) for box in boxes]
+        levels = self.pyramid(image)
+        windows: list[list[int]] = []
+        for level, scale in levels:  # in windows of one octave: for larger ones, OpenCV doubles the positions
+            found = self.cascade.detectMultiScale(level, HAAR_COARSE, 0, maxSize=(2 * HAAR_WINDOW - 1,) * 2)
+            windows += [[int(value * scale) for value in window] for window in found]
+        boxes, counts = cv2.groupRectangles(windows * 2, 1, 0.3)  # twice, as it drops what is there only once
+        proposals = sorted(zip(counts, map(tuple, boxes), strict=True), reverse=True)[:HAAR_PROPOSALS]
+        faces = [self.verify(levels, box) for _, box in proposals]
+        faces = [face for face in faces if face.score >= self.min_score and face.width >= 0.9 * HAAR_SMALLEST]
+        kept = cv2.dnn.NMSBoxes([face[:4] for face in faces], [face.score for face in faces], 0, OVERLAP)
+        return [faces[i] for i in kept]
+
+    @staticmethod
+    def pyramid(image: Pixels) -> list[tuple[Pixels, float]]:
+        """Grey copies in which the smallest face is one window large, two, four...; with photo pixels per pixel."""
+        height, width = image.shape[:2]
+        scale = max(HAAR_SMALLEST, max(height, width) / HAAR_PER_SIDE) / HAAR_WINDOW
+        levels: list[tuple[Pixels, float]] = []
+        while min(height, width) >= scale * HAAR_WINDOW:
+            source = levels[-1][0] if levels else image
+            level = cv2.resize(source, (round(width / scale), round(height / scale)))
+            levels.append((level if levels else cv2.cvtColor(level, cv2.COLOR_BGR2GRAY), scale))
+            scale *= 2
+        return levels
+
+    def verify(self, levels: list[tuple[Pixels, float]], box: tuple[int, ...]) -> Face:
+        """The mean of the windows that pass in views of a proposed box, and their number as the score."""
+        x, y, side, _ = box
+        level, scale = [levels[0], *(each for each in levels if side >= 2 * HAAR_WINDOW * each[1])][-1]
+        middle = ((x + side / 2) / scale, (y + side / 2) / scale)
+        passed = []
+        for angle, mirrored in HAAR_VIEWS:
+            turn: Pixels = cv2.getRotationMatrix2D(middle, angle, HAAR_FACE * scale / side)
+            turn[:, 2] += np.subtract(HAAR_VIEW / 2, middle)
+            if mirrored:
+                turn[0] = (0, 0, HAAR_VIEW) - turn[0]
+            view = cv2.warpAffine(level, turn, (HAAR_VIEW, HAAR_VIEW), borderMode=cv2.BORDER_REPLICATE)
+            back = cv2.invertAffineTransform(turn)
+            for left, top, size, _ in self.cascade.detectMultiScale(view, HAAR_DENSE, 0):
+                passed.append((*(back @ (left + size / 2, top + size / 2, 1) * scale), size * side / HAAR_FACE))
+        if not passed:
+            return Face(x, y, side, side, 0)
+        x, y, side = np.mean(passed, axis=0)
+        return Face(round(x - side / 2), round(y - side / 2), round(side), round(side), len(passed))
+
+
+class YuNetDetector(threading.local):
+    """Faces by the neural network YuNet (Wu et al., 2023), for OpenCV's FaceDetectorYN; its score is from 0 to 1.
+
+    Raises ValueError if the file is not such a network.
+    """
+
+    def __init__(self, file: Path, min_score: float) -> None:
+        model, none = np.frombuffer(file.read_bytes(), np.uint8), np.empty(0, np.uint8)
+        try:
+            self.network = cv2.FaceDetectorYN.create("onnx", model, none, (32, 32), min_score or YUNET_SCORE, OVERLAP)
+            self(np.zeros((32, 32, 3), np.uint8))  # another network would load, and fail at the first photo
+        except cv2.error:
+            raise ValueError(f"{file} is no YuNet network in ONNX") from None
+
+    def __call__(self, image: Pixels) -> list[Face]:
+        height, width = image.shape[:2]
+        scale = max(1, max(height, width) / YUNET_SIDE)
+        size = max(1, round(width / scale)), max(1, round(height / scale))
+        self.network.setInputSize(size)
+        _, found = self.network.detect(cv2.resize(image, size))
+        rows = [] if found is None else found  # each x, y, width, height, five landmarks of x and y, score
+        faces = []
+        for row in rows:
+            x, y, width, height = (round(float(value) * scale) for value in row[:4])
+            faces.append(Face(x, y, width, height, round(float(row[14]), 3)))
+        return faces
 
 
 @functools.cache
-def default_detector() -> HaarDetector:
-    """The detector that all threads share, made when the first photo comes."""
+def load_detector(model: str = Config.model, min_score: float = Config.min_score) -> Detector:
+    """The detector in a file, by default in the cascade beside this file, or else the same one in OpenCV's wheel.
+
+    Raises OSError or ValueError.
+    """
+    if model.endswith(".onnx"):
+        return YuNetDetector(Path(model), min_score)
     beside = ROOT / CASCADE
-    return HaarDetector(beside if beside.exists() else Path(cv2.__file__).parent / "data" / CASCADE)
+    cascade = beside if beside.exists() else Path(cv2.__file__).parent / "data" / CASCADE
+    return HaarDetector(Path(model) if model else cascade, min_score)
 
 
 # --- The store ---
@@ -293,6 +426,7 @@ class Watcher(NamedTuple):
 
 
 CONFIG = web.AppKey("CONFIG", Config)
+DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 POOL = web.AppKey("POOL", ThreadPoolExecutor)
 STORE = web.AppKey("STORE", Store)
 JOBS: web.AppKey[set["asyncio.Task[Image | Problem]"]] = web.AppKey("JOBS")  # a task for each photo under way
@@ -354,6 +488,7 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
         raise Problem(503, f"There are {app[CONFIG].max_clients} watchers already (--max-clients).")
     await socket.prepare(request)
     assert request.transport is not None
+    request.transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_SNDBUF, MAX_UNREAD)  # else it holds megabytes
     watcher = Watcher(socket, request.transport, base_url(request), "format" in request.query)
     app[WATCHERS].add(watcher)
     try:
@@ -442,10 +577,10 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
 
 async def process(app: web.Application, id: str, filename: str | None, photo: bytes, promised: bool) -> Image | Problem:
     """Annotate a photo in a thread of the pool, keep what becomes of it, and tell the watchers."""
-    start, loop = time.monotonic(), asyncio.get_running_loop()
+    start, loop, config = time.monotonic(), asyncio.get_running_loop(), app[CONFIG]
     outcome: Image | Problem
     try:
-        annotated = await loop.run_in_executor(app[POOL], annotate, photo, app[CONFIG].max_megapixels)
+        annotated = await loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], config.max_megapixels)
         outcome = Image(id, filename, round((time.monotonic() - start) * 1000), annotated)
     except UnsupportedPhoto as error:
         outcome = Problem(415, str(error))
@@ -592,9 +727,10 @@ def usable_cpus() -> int:
 
 
 def create_app(config: Config) -> web.Application:
-    """The server, for web.run_app(), a test, or serve()."""
+    """The server, for web.run_app(), a test, or serve(). Raises OSError or ValueError where the model is none."""
     app = web.Application(middlewares=[answer_errors, check_origin])
     app[CONFIG] = config
+    app[DETECTOR] = load_detector(config.model, config.min_score)
     app[POOL] = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="annotate")
     app[STORE] = Store(config.keep, config.keep_mb * MIB)
     app[JOBS] = set()
@@ -660,7 +796,10 @@ def parse_config(arguments: list[str]) -> Config:
     """Read the command line; each field of Config is an option of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for each in fields(Config):
-        name, help = "--" + each.name.replace("_", "-"), f"{each.metadata['help']} (default: {each.default or 'none'})"
+        name, help = (
+            "--" + each.name.replace("_", "-"),
+            f"{each.metadata['help']} (default: {each.default if each.default not in ('', ()) else 'none'})",
+        )
         if each.name == "allow_origin":
             parser.add_argument(name, action="append", default=[], metavar="URL", help=help)
         else:
