@@ -8,8 +8,8 @@
     $ python server.py &
     $ curl -F image=@samples/astronaut.jpg http://localhost:8282/image
     {
-      "id": "61e4cb8f-3122-4690-8a6a-115eb691427e",
-      "url": "http://localhost:8282/image/61e4cb8f-3122-4690-8a6a-115eb691427e",
+      "id": "917ada20-a6a3-484a-abfd-d0efc4ad85c0",
+      "url": "http://localhost:8282/image/917ada20-a6a3-484a-abfd-d0efc4ad85c0",
       "width": 512,
       "height": 512,
       "faces": [
@@ -22,14 +22,14 @@
         }
       ],
       "filename": "astronaut.jpg",
-      "took_ms": 45
+      "took_ms": 85
     }
 
 Meanwhile, in another terminal:
 
     $ wscat -c ws://localhost:8282/faces
     Connected (press CTRL+C to quit)
-    < http://localhost:8282/image/61e4cb8f-3122-4690-8a6a-115eb691427e
+    < http://localhost:8282/image/917ada20-a6a3-484a-abfd-d0efc4ad85c0
 """
 
 import argparse
