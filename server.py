@@ -437,15 +437,19 @@ STOPPING = web.AppKey("STOPPING", asyncio.Event)
 async def announce(app: web.Application, image: Image) -> None:
     """Send the image's URL to every watcher. It is written to their buffers, so that none is waited for."""
     watchers = app[WATCHERS]
+    texts: dict[tuple[str, bool], str] = {}  # most watchers get the same one
     for watcher in tuple(watchers):
         if watcher.transport.get_write_buffer_size() > MAX_UNREAD:
             log.info("A watcher that does not read is cut off")
             watchers.discard(watcher)
             watcher.transport.abort()  # close() would wait until all is read
             continue
-        meta = image.meta(watcher.base)
+        key = watcher.base, watcher.as_json
+        if key not in texts:
+            meta = image.meta(watcher.base)
+            texts[key] = json.dumps(meta) if watcher.as_json else meta["url"]
         with contextlib.suppress(ConnectionError):  # it is leaving, and its handler about to notice
-            await watcher.socket.send_str(json.dumps(meta, indent=2) if watcher.as_json else meta["url"])
+            await watcher.socket.send_str(texts[key])
 
 
 # --- The handlers, in the order in which a user meets them ---
