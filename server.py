@@ -79,6 +79,7 @@ HAAR_VIEWS = ((0, False), (-8, True), (8, True), (-16, False), (16, False))  # d
 HAAR_PROPOSALS = 128  # that are verified in a photo at most, the best first
 HAAR_SCORE = 17  # windows: the least score
 YUNET_SIDE = 640  # px, the longer side of the copy that the network sees
+YUNET_LEAST = 64  # px, a side that it must have at least: in less it sees boxes of infinite size
 YUNET_SCORE = 0.7  # of 1: the least score
 OVERLAP = 0.3  # intersection over union, from which two boxes are of one face
 MAX_JPEG_SIDE = 65_500  # px, libjpeg's JPEG_MAX_DIMENSION
@@ -325,12 +326,13 @@ class YuNetDetector(threading.local):
     def __call__(self, image: Pixels) -> list[Face]:
         height, width = image.shape[:2]
         scale = max(1, max(height, width) / YUNET_SIDE)
-        size = max(1, round(width / scale)), max(1, round(height / scale))
-        self.network.setInputSize(size)
-        _, found = self.network.detect(cv2.resize(image, size))
-        rows = [] if found is None else found  # each x, y, width, height, five landmarks of x and y, score
+        small = cv2.resize(image, (max(1, round(width / scale)), max(1, round(height / scale))))
+        below, beside = (max(0, YUNET_LEAST - side) for side in small.shape[:2])
+        small = cv2.copyMakeBorder(small, 0, below, 0, beside, cv2.BORDER_CONSTANT)
+        self.network.setInputSize(small.shape[1::-1])
+        _, found = self.network.detect(small)
         faces = []
-        for row in rows:
+        for row in [] if found is None else found:  # x, y, width, height, five landmarks, score
             x, y, width, height = (round(float(value) * scale) for value in row[:4])
             faces.append(Face(x, y, width, height, round(float(row[14]), 3)))
         return faces
@@ -829,6 +831,10 @@ def main() -> None:
         sys.exit(f"OpenCV {cv2.__version__} has no CascadeClassifier: pip install 'opencv-python-headless>=4.12,<5'")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)  # one line a photo is enough
+    try:
+        load_detector(config.model, config.min_score)
+    except (OSError, ValueError) as error:
+        sys.exit(f"No model to find faces with (--model): {error}")
     try:
         asyncio.run(serve(config))
     except OSError as error:

@@ -466,6 +466,76 @@ async def health(client: aiohttp.ClientSession, url: str) -> dict:
         return await answer.json()
 
 
+# --- Which detector, and how sure it must be ---
+
+
+YUNET = ROOT.parent / "shared/models/face_detection_yunet_2023mar.onnx"
+
+
+async def test_a_face_says_how_sure_its_detector_is(post: Callable[..., Awaitable[dict]]) -> None:
+    (face,) = (await post())["faces"]
+    assert face["score"] >= server.HAAR_SCORE
+
+
+async def test_a_higher_score_can_be_asked_for(
+    start: Callable[..., Server], post: Callable[..., Awaitable[dict]]
+) -> None:
+    score = server.annotate(ASTRONAUT).faces[0].score
+    counts = [len((await post(url=start("--min-score", str(least)).url))["faces"]) for least in (score, score + 1)]
+    assert counts == [1, 0]
+
+
+async def test_another_cascade_can_be_used(
+    start: Callable[..., Server], post: Callable[..., Awaitable[dict]], tmp_path: Path
+) -> None:
+    cascade = tmp_path / "Kaskade für Gesichter.xml"
+    shutil.copy(Path(cv2.data.haarcascades, "haarcascade_frontalface_alt2.xml"), cascade)
+    assert overlap((await post(url=start("--model", str(cascade)).url))["faces"][0], FACE) > 0.6
+
+
+@pytest.mark.skipif(not YUNET.exists(), reason=f"needs {YUNET.name} in ../shared/models")
+@pytest.mark.parametrize(
+    "image", [pixels(), np.tile(pixels(), (1, 3, 1)), large(4000, 3000)], ids=["one", "three", "big"]
+)
+async def test_yunet_can_be_used(
+    start: Callable[..., Server], post: Callable[..., Awaitable[dict]], image: np.ndarray | bytes
+) -> None:
+    photo = image if isinstance(image, bytes) else encode(".jpg", image)
+    faces = (await post(photo, url=start("--model", str(YUNET)).url))["faces"]
+    assert len(faces) == (3 if pixels(photo).shape[1] == 1536 else 1)
+    assert all(0.7 <= face["score"] <= 1 for face in faces)
+
+
+@pytest.mark.skipif(not YUNET.exists(), reason=f"needs {YUNET.name} in ../shared/models")
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 20_000), (20_000, 1), (31, 33), (640, 20)])
+def test_yunet_takes_a_photo_of_any_shape(width: int, height: int) -> None:
+    """In a side of 32 px or less, OpenCV 4.14 has it see boxes of infinite size."""
+    noise = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    for face in server.load_detector(str(YUNET), 0.0)(noise):
+        assert face.width <= width * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("missing.xml", None),
+        ("missing.onnx", None),
+        ("junk.xml", b"junk"),
+        ("other.xml", b"<?xml version='1.0'?><opencv_storage><a>1</a></opencv_storage>"),
+        ("photo.xml", ASTRONAUT),
+        ("junk.onnx", b"junk"),
+        ("empty.onnx", b""),
+    ],
+)
+def test_a_model_that_is_none_ends_the_start_with_one_line(tmp_path: Path, name: str, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    done = run(*COMMAND, "--model", tmp_path / name)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert name in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 # --- Answering later (Prefer: respond-async) ---
 
 
