@@ -70,8 +70,8 @@ CASCADE = "haarcascade_frontalface_default.xml"  # beside this file, or else in 
 MIB = 2**20  # bytes
 
 HAAR_WINDOW = 24  # px, the side of the window that the cascade was trained on
-HAAR_SMALLEST = 30  # px, the smallest face that is looked for: a smaller one looks like any texture
-HAAR_PER_SIDE = 34  # and none under 1/34 of the longer side: no photo costs more than one of 1024 px
+HAAR_SMALLEST = 32  # px, the smallest face that is looked for: a smaller one looks like any texture
+HAAR_PER_SIDE = 32  # and none under 1/32 of the longer side: no photo costs more than one of 1024 px
 HAAR_COARSE = 2 ** (1 / 3)  # from one size of windows to the next in the scan: three to an octave
 HAAR_DENSE = 1.1  # the same in a view
 HAAR_FACE, HAAR_VIEW = 32, 44  # px, the sides of the proposed face in a view, and of the view
