@@ -1,16 +1,27 @@
 FROM python:3.13-slim
 WORKDIR /faces
 
-# The dependencies are a layer of their own, which a change of server.py does not rebuild.
+# The dependencies are a layer of their own, which a change of server.py does not rebuild. pip would compile every
+# module; the import compiles only those that the server uses, and shows that they load.
 COPY requirements.txt .
-RUN pip install --no-cache-dir --no-compile -r requirements.txt
+RUN pip install --no-cache-dir --no-compile -r requirements.txt && python -c "import aiohttp.web, cv2"
 
 COPY . .
 USER nobody
-ENV PYTHONDONTWRITEBYTECODE=1
+# A block over 128 KiB goes back to the system when it is freed. By default, glibc keeps a hundred megabytes and more.
+ENV MALLOC_MMAP_THRESHOLD_=131072
 EXPOSE 8282
-HEALTHCHECK --interval=2s --timeout=2s CMD ["python", "-ISc", \
-    "from http.client import *; c = HTTPConnection('127.0.0.1', 8282, 2); c.request('GET', '/health'); exit(c.getresponse().status != 200)"]
+
+# Some 3 ms of CPU time. Python would take 70.
+HEALTHCHECK --interval=2s --timeout=5s CMD ["bash", "-c", "\
+    exec 3<>/dev/tcp/127.0.0.1/8282 && \
+    printf 'GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n' >&3 && \
+    read -r _ status _ <&3 && \
+    [[ $status == 200 ]]"]
 
 # docker run faces [OPTIONS] runs the server, docker run faces COMMAND another command, such as pytest.
-ENTRYPOINT ["sh", "-c", "case ${1:--} in -*) exec python server.py --host 0.0.0.0 \"$@\";; *) exec \"$@\";; esac", "faces"]
+ENTRYPOINT ["sh", "-c", "\
+    case $1 in \
+        -* | '') exec python server.py --host 0.0.0.0 \"$@\" ;; \
+        *) exec \"$@\" ;; \
+    esac", "faces"]
