@@ -7,6 +7,8 @@ COPY requirements.txt .
 RUN pip install --no-cache-dir --no-compile -r requirements.txt && python -c "import aiohttp.web, cv2"
 
 COPY . .
+# A clone may be readable for its owner only, by the umask.
+RUN chmod -R a+rX .
 USER nobody
 # A block over 128 KiB goes back to the system when it is freed. By default, glibc keeps a hundred megabytes and more.
 ENV MALLOC_MMAP_THRESHOLD_=131072
