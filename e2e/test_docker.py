@@ -207,20 +207,23 @@ async def test_a_flood_of_large_photos_does_not_kill_it(
     start: Start, client: aiohttp.ClientSession, large_photo: bytes
 ) -> None:
     container = await start(*HARDENED, *SMALL, serve=FOR_SMALL)
-    before, statuses, end = await container.state(), Counter[int](), time.monotonic() + 30
+    before, answers, end = await container.state(), Counter[str](), time.monotonic() + 20
 
     async def flood() -> None:
-        while time.monotonic() < end:
-            async with client.post(f"{container.url}/image", data=io.BytesIO(large_photo)) as answer:
-                statuses[answer.status] += 1
-                await answer.read()
+        try:
+            while time.monotonic() < end:
+                async with client.post(f"{container.url}/image", data=io.BytesIO(large_photo)) as answer:
+                    await answer.read()
+                    answers[str(answer.status)] += 1
+        except aiohttp.ClientError as error:
+            answers[repr(error)] += 1
 
     async with asyncio.TaskGroup() as clients:
         for _ in range(128):
             clients.create_task(flood())
     after = await container.state()
-    assert set(statuses) == {201, 503}, statuses
     assert not after["OOMKilled"]
+    assert set(answers) == {"201", "503"}, answers
     for same in ("Pid", "StartedAt", "RestartCount", "Running"):
         assert after[same] == before[same]
     assert after["Health"]["Status"] == "healthy"
