@@ -35,12 +35,13 @@ Meanwhile, in another terminal:
 import argparse
 import asyncio
 import contextlib
-import email
 import functools
 import json
 import logging
+import mimetypes
 import os
 import re
+import secrets
 import signal
 import struct
 import sys
@@ -48,7 +49,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from http import HTTPStatus
@@ -62,10 +63,16 @@ os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_MEGAPIXELS * 10**6))
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
-from aiohttp import WSCloseCode, web  # noqa: E402
+from aiohttp import WSCloseCode, WSMsgType, web  # noqa: E402
 from aiohttp.typedefs import Handler  # noqa: E402
 
 ROOT = Path(__file__).parent
+STATIC = ROOT / "static"  # where that is beside this file
+PAGES = {"/": "index.html", "/docs": "docs.html", "/openapi.json": "openapi.json"}  # in it
+PAGE_POLICY = (  # data: and blob: are images that a page has in itself
+    "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; connect-src 'self'; "
+    "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 CASCADE = "haarcascade_frontalface_default.xml"  # beside this file, or else in the OpenCV wheel
 MIB = 2**20  # bytes
 
@@ -84,16 +91,24 @@ YUNET_SCORE = 0.7  # of 1: the least score
 OVERLAP = 0.3  # intersection over union, from which two boxes are of one face
 MAX_JPEG_SIDE = 65_500  # px, libjpeg's JPEG_MAX_DIMENSION
 JPEG_QUALITY = 90  # of 100: no loss that one sees
-MAX_PARTS = 1000  # of a form: each takes some 30 us to read
+MAX_SEGMENTS = 1000  # of a JPEG before its frame header: 20 MiB of metadata are 320
+MAX_SCANS = 500  # of a JPEG: some 10 are usual, and 300,000 would take an hour (libjpeg-turbo#284)
+MAX_PARTS = 1000  # of a form
+MAX_NAME = 255  # characters of a filename
 
 HEARTBEAT = 25  # s between pings: proxies drop a silent connection after 30 to 60
 MAX_MESSAGE = 1024  # bytes in a watcher's message: it has nothing to say
 MAX_UNREAD = 32 * 1024  # bytes that may wait for a watcher, in the system and again here: some 400 URLs each
 DRAIN_TIMEOUT = 4  # s for the photos under way when the server stops; Docker kills it after 10
+LINGER_TIMEOUT = 2  # s for the rest of a body that was refused, so that its sender reads why
 GOODBYE_TIMEOUT = 1  # s for the watchers to return the goodbye, and then for the answers to be sent
 
 FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # the markers SOF0 to SOF15 of a JPEG
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+BOUNDARY = re.compile(r'; *boundary=("[^"]+"|[^ ";]+)', re.IGNORECASE)
+PART_HEADERS = re.compile(r"[ \t]*(\r\n[!-9;-~]+:[^\r\n\0]{,8000}){,100}")
+FILENAME = re.compile(r'\nContent-Disposition:.*?; *filename\*?=("[^"]*|[^ ";\r]*)', re.IGNORECASE)
+ENCODED = re.compile(r"\nContent-Transfer-Encoding:(?! *(binary|8bit|7bit))", re.IGNORECASE)
 HOST = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")  # a name or address, maybe a port
 
 log = logging.getLogger("faces")
@@ -177,6 +192,8 @@ def annotate(
         width, height = pixel_size(photo)
     except (IndexError, ValueError, struct.error):
         raise BadPhoto("The photo ends within its header.") from None
+    if photo.startswith(b"\xff\xd8") and photo.count(b"\xff\xda") > MAX_SCANS:
+        raise BadPhoto(f"The photo has over {MAX_SCANS} scans.")
     megapixels = width * height / 1e6
     if megapixels > max_megapixels:
         size = f"{width} x {height} pixels, {megapixels:.1f} megapixels"
@@ -214,16 +231,17 @@ def pixel_size(photo: bytes) -> tuple[int, int]:
         return 1 + int.from_bytes(photo[24:27], "little"), 1 + int.from_bytes(photo[27:30], "little")
     if photo.startswith(b"\xff\xd8\xff"):  # ITU T.81, B.1: segments, each with its length, up to the frame header
         at = 2
-        while True:
+        for _ in range(MAX_SEGMENTS):
             at = photo.index(b"\xff", at) + 1
             marker = photo[at]
             if marker in FRAME_HEADERS:
                 height, width = struct.unpack_from(">HH", photo, at + 4)
                 return width, height
             if marker in (0xD9, 0xDA):  # the end, or the first scan
-                raise BadPhoto("The photo has no frame header.")
+                break
             if 0x01 < marker < 0xD0 or 0xD8 < marker < 0xFF:  # all others stand alone, or fill
                 at += 1 + struct.unpack_from(">H", photo, at + 1)[0]
+        raise BadPhoto("The photo has no frame header.")
     if photo[4:8] == b"ftyp" and photo[8:12] in HEIC_BRANDS:
         raise UnsupportedPhoto("This is a HEIC photo; export it as JPEG (iPhone: Settings, Camera, Most Compatible).")
     raise UnsupportedPhoto("This is no JPEG, PNG, WebP or GIF.")
@@ -410,6 +428,10 @@ class Store:
         self.kept.move_to_end(id)
         return self.kept[id]
 
+    async def health(self) -> dict[str, Any]:
+        """What GET /health says of it."""
+        return {"images": len(self.kept), "bytes": self.bytes}
+
     @staticmethod
     def size(outcome: Image | Problem) -> int:
         return len(outcome.annotated.jpeg) if isinstance(outcome, Image) else 0
@@ -431,7 +453,9 @@ CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 POOL = web.AppKey("POOL", ThreadPoolExecutor)
 STORE = web.AppKey("STORE", Store)
-JOBS: web.AppKey[set["asyncio.Task[Image | Problem]"]] = web.AppKey("JOBS")  # a task for each photo under way
+ANNOUNCE: web.AppKey[Callable[[web.Application, Image], Awaitable[None]]] = web.AppKey("ANNOUNCE")
+UPLOADS: web.AppKey[dict[object, int]] = web.AppKey("UPLOADS")  # the bytes that have come of each
+JOBS: web.AppKey[dict["asyncio.Task[Image | Problem]", int]] = web.AppKey("JOBS")  # the bytes of each photo under way
 WATCHERS: web.AppKey[set[Watcher]] = web.AppKey("WATCHERS")
 STOPPING = web.AppKey("STOPPING", asyncio.Event)
 
@@ -467,9 +491,21 @@ def commands(base: str) -> str:
 
 
 async def get_index(request: web.Request) -> web.Response:
-    """GET /: what this is, and how to use it."""
+    """GET /: what this is, and how to use it; for a browser, a page to post from and watch on."""
+    if "text/html" in request.headers.get("Accept", "") and (STATIC / PAGES["/"]).exists():
+        return await get_static(request)
     what = "Post a photo, and every watcher gets the URL of the same photo with a box around each face.\n"
     return web.Response(text=f"{what}{commands(base_url(request))}\nStart your own: python server.py\n")
+
+
+async def get_static(request: web.Request) -> web.Response:
+    """GET /docs and /openapi.json: a file of static/. The pages there run their own scripts alone, by a nonce."""
+    file, nonce = STATIC / PAGES[request.path], secrets.token_urlsafe()
+    if not file.exists():
+        raise Problem(404, f"This server runs without its folder static/, which has {file.name}.")
+    text = file.read_text("utf-8").replace("NONCE", nonce)
+    headers = {"Content-Security-Policy": PAGE_POLICY.replace("NONCE", nonce)}
+    return web.Response(text=text, headers=headers, content_type=mimetypes.guess_type(file.name)[0])
 
 
 async def get_faces(request: web.Request) -> web.WebSocketResponse:
@@ -478,6 +514,7 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
     socket = web.WebSocketResponse(
         timeout=GOODBYE_TIMEOUT,
         heartbeat=HEARTBEAT,
+        autoping=False,  # the answers would pile up for who does not read them
         max_msg_size=MAX_MESSAGE + 1,  # aiohttp takes less than that
         compress=False,  # 256 KiB a watcher, to shorten 80 bytes
         writer_limit=sys.maxsize,  # send_str() never waits: announce() sees to those who do not read
@@ -488,8 +525,7 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
         raise Problem(426, f"This is a websocket. Connect with: {connect}", headers)
     if request.query.get("format", "json") != "json":
         raise Problem(400, "The format can only be json; without one you get the URL alone.")
-    if app[STOPPING].is_set():
-        raise Problem(503, "The server is stopping.")
+    refuse_if_stopping(app)
     if len(app[WATCHERS]) >= app[CONFIG].max_clients:
         raise Problem(503, f"There are {app[CONFIG].max_clients} watchers already (--max-clients).")
     await socket.prepare(request)
@@ -498,8 +534,9 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
     watcher = Watcher(socket, request.transport, base_url(request), "format" in request.query)
     app[WATCHERS].add(watcher)
     try:
-        async for _ in socket:
-            pass  # it has nothing to say
+        async for message in socket:  # but for pings, it has nothing to say
+            if message.type is WSMsgType.PING and watcher.transport.get_write_buffer_size() <= MAX_UNREAD:
+                await socket.pong(message.data)
     finally:
         app[WATCHERS].discard(watcher)
         if socket.close_code == WSCloseCode.ABNORMAL_CLOSURE:
@@ -509,12 +546,11 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
 
 async def post_image(request: web.Request) -> web.Response:
     """POST /image: find the faces in the photo that is the body, or a file in its form."""
-    app, threads, queue = request.app, usable_cpus(), request.app[CONFIG].queue
+    app, config = request.app, request.app[CONFIG]
     filename, photo = await read_photo(request)
-    if app[STOPPING].is_set():
-        raise Problem(503, "The server is stopping.")
-    if len(app[JOBS]) >= threads * (1 + queue):
-        raise Problem(503, f"{threads * queue} photos are waiting already, {queue} for each thread (--queue).")
+    refuse_if_stopping(app)
+    if len(app[JOBS]) >= max_jobs(config):
+        raise Problem(503, f"Too many photos are waiting already, {config.queue} for each thread (--queue).")
     id = str(uuid.uuid4())
     url = f"{base_url(request)}/image/{id}"
     preferences = ",".join(request.headers.getall("Prefer", [])).lower().split(",")  # RFC 7240
@@ -522,8 +558,8 @@ async def post_image(request: web.Request) -> web.Response:
     if respond_async:
         await app[STORE].promise(id)
     job = asyncio.create_task(process(app, id, filename, photo, respond_async))
-    app[JOBS].add(job)
-    job.add_done_callback(app[JOBS].discard)
+    app[JOBS][job] = len(photo)
+    job.add_done_callback(app[JOBS].pop)
     if respond_async:
         return json_response({"id": id, "url": url}, 202, {"Location": url, "Preference-Applied": "respond-async"})
     outcome = await asyncio.shield(job)  # for who goes away meanwhile, too
@@ -534,7 +570,8 @@ async def post_image(request: web.Request) -> web.Response:
 
 async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     """The photo in the body or its form, and its name there. Raises Problem where it goes beyond the limits."""
-    config, body = request.app[CONFIG], bytearray()
+    config, uploads, jobs = request.app[CONFIG], request.app[UPLOADS], request.app[JOBS]
+    upload, body = object(), bytearray()
     limit, too_large = config.max_mb * MIB, Problem(413, f"The body is over {config.max_mb} MiB (--max-mb).")
     if (request.content_length or 0) > limit:
         raise too_large
@@ -542,15 +579,21 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
         async with asyncio.timeout(config.upload_timeout):
             async for chunk in request.content.iter_any():
                 body += chunk
+                uploads[upload] = len(body)
                 if len(body) > limit:
                     raise too_large
+                if sum(uploads.values()) + sum(jobs.values()) > max_jobs(config) * limit:
+                    raise Problem(503, "The uploads under way take all memory that they may (--queue, --max-mb).")
+                refuse_if_stopping(request.app)
     except TimeoutError:
         raise Problem(408, f"The upload took over {config.upload_timeout} s (--upload-timeout).") from None
     except web.RequestPayloadError as error:
         raise Problem(400, f"The body is malformed: {error}") from None
-    filename, photo = None, bytes(body)
-    if request.content_type.startswith("multipart/"):
-        filename, photo = file_in_form(request.headers["Content-Type"], photo)
+    finally:
+        uploads.pop(upload, None)
+    filename, photo, content_type = None, bytes(body), request.headers.get("Content-Type", "")
+    if content_type.lower().startswith("multipart/"):
+        filename, photo = file_in_form(content_type, photo)
     if not photo:
         raise Problem(400, "There is no photo, only an empty file or body. Try: curl -F image=@photo.jpg")
     return filename, photo
@@ -559,10 +602,12 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
 def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
     """Name and content of the first file in a multipart/form-data body (RFC 7578). Raises Problem.
 
-    For 100 kB, this takes a sixth of the time of aiohttp's reader, which also lets a preamble have any length.
+    By regular expressions: the email package takes seconds for some headers (python/cpython#136063), and aiohttp's
+    reader takes six times as long for most photos, and lets a preamble have any length.
     """
-    boundary = email.message_from_string(f"Content-Type: {content_type}").get_boundary()
-    parts = (b"\r\n" + form).split(b"\r\n--" + boundary.encode(errors="replace"), MAX_PARTS) if boundary else []
+    boundary = BOUNDARY.search(content_type)
+    delimiter = b"\r\n--" + boundary[1].strip('"').encode(errors="replace") if boundary else b"\r\n--"
+    parts = (b"\r\n" + form).split(delimiter, MAX_PARTS) if boundary else []
     file = None
     for part in parts[1:]:
         if part.startswith(b"--"):
@@ -570,12 +615,13 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
                 return file
             raise Problem(400, "There is no file in the form. Try: curl -F image=@photo.jpg")
         head, end_of_head, content = part.partition(b"\r\n\r\n")
-        headers = email.message_from_string(head.strip().decode(errors="replace"))
-        if not end_of_head or headers.defects:
+        headers = head.decode(errors="replace")
+        if not end_of_head or not PART_HEADERS.fullmatch(headers):
             break
-        name = headers.get_filename()
+        filename = FILENAME.search(headers)
+        name = filename and filename[1].strip('"')[:MAX_NAME]
         if not file and (name or (name is not None and content)):  # a browser sends neither where none was chosen
-            if headers.get("Content-Transfer-Encoding", "binary").lower() not in ("binary", "8bit", "7bit"):
+            if ENCODED.search(headers):
                 raise Problem(400, "The file in the form has a Content-Transfer-Encoding; send it as it is.")
             file = name, content
     raise Problem(400, f"The form is malformed (RFC 7578), or has over {MAX_PARTS} parts.")
@@ -584,29 +630,30 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
 async def process(app: web.Application, id: str, filename: str | None, photo: bytes, promised: bool) -> Image | Problem:
     """Annotate a photo in a thread of the pool, keep what becomes of it, and tell the watchers."""
     start, loop, config = time.monotonic(), asyncio.get_running_loop(), app[CONFIG]
-    outcome: Image | Problem
     try:
         annotated = await loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], config.max_megapixels)
-        outcome = Image(id, filename, round((time.monotonic() - start) * 1000), annotated)
+        image = Image(id, filename, round((time.monotonic() - start) * 1000), annotated)
+        await app[STORE].put(id, image)
+        await app[ANNOUNCE](app, image)
+        _, width, height, faces = annotated
+        counts = len(faces), image.took_ms, len(app[WATCHERS])
+        log.info("%r: %d x %d px, %d faces, %d ms, %d watchers", filename, width, height, *counts)
+        return image
     except UnsupportedPhoto as error:
-        outcome = Problem(415, str(error))
+        problem = Problem(415, str(error))
     except BadPhoto as error:
-        outcome = Problem(422, str(error))
+        problem = Problem(422, str(error))
+    except Problem as error:
+        problem = error
     except asyncio.CancelledError:
-        outcome = Problem(503, "The server stopped before the photo had its turn.")
+        problem = Problem(503, "The server stopped before the photo had its turn.")
     except Exception:
         log.exception("%r failed", filename)
-        outcome = Problem(500, "The server failed on this photo; its log says why.")
-    if promised or isinstance(outcome, Image):
-        await app[STORE].put(id, outcome)
-    if isinstance(outcome, Image):
-        await announce(app, outcome)
-        _, width, height, faces = annotated
-        counts = len(faces), outcome.took_ms, len(app[WATCHERS])
-        log.info("%r: %d x %d px, %d faces, %d ms, %d watchers", filename, width, height, *counts)
-    else:
-        log.info("%r: %d %s", filename, outcome.status, outcome.detail)
-    return outcome
+        problem = Problem(500, "The server failed on this photo; its log says why.")
+    if promised:
+        await app[STORE].put(id, problem)
+    log.info("%r: %d %s", filename, problem.status, problem.detail)
+    return problem
 
 
 async def get_image(request: web.Request) -> web.Response:
@@ -637,15 +684,11 @@ async def kept_image(request: web.Request) -> Image:
 
 async def get_health(request: web.Request) -> web.Response:
     """GET /health: 200 as long as photos are taken."""
-    app, stopping = request.app, request.app[STOPPING].is_set()
-    health = {
-        "status": "stopping" if stopping else "ok",
-        "clients": len(app[WATCHERS]),
-        "images": len(app[STORE].kept),
-        "bytes": app[STORE].bytes,
-        "queued": len(app[JOBS]),
-    }
-    return json_response(health, 503 if stopping else 200)
+    app = request.app
+    health = {"status": "ok", "clients": len(app[WATCHERS]), "queued": len(app[JOBS])} | await app[STORE].health()
+    if app[STOPPING].is_set():
+        health["status"] = "stopping"
+    return json_response(health, 200 if health["status"] == "ok" else 503)
 
 
 # --- What the handlers share ---
@@ -668,6 +711,12 @@ def problem_response(problem: Problem) -> web.Response:
     return response
 
 
+def refuse_if_stopping(app: web.Application) -> None:
+    """Raise Problem once the server is told to stop."""
+    if app[STOPPING].is_set():
+        raise Problem(503, "The server is stopping.")
+
+
 def base_url(request: web.Request) -> str:
     """The URL by which the client knows this server. X-Forwarded headers are not trusted."""
     return request.app[CONFIG].public_url or f"{request.scheme}://{request.headers['Host']}"
@@ -686,7 +735,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except ConnectionError:
         raise  # the client is gone
     except Exception:
-        log.exception("%s %s failed", request.method, request.path)
+        log.exception("%s %r failed", request.method, request.path)
         return problem_response(Problem(500, "The server failed on this request; its log says why."))
 
 
@@ -732,6 +781,11 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def max_jobs(config: Config) -> int:
+    """The photos that may be under way: one for each thread, and those that wait for it."""
+    return usable_cpus() * (1 + config.queue)
+
+
 def create_app(config: Config) -> web.Application:
     """The server, for web.run_app(), a test, or serve(). Raises OSError or ValueError where the model is none."""
     app = web.Application(middlewares=[answer_errors, check_origin])
@@ -739,10 +793,14 @@ def create_app(config: Config) -> web.Application:
     app[DETECTOR] = load_detector(config.model, config.min_score)
     app[POOL] = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="annotate")
     app[STORE] = Store(config.keep, config.keep_mb * MIB)
-    app[JOBS] = set()
+    app[ANNOUNCE] = announce
+    app[UPLOADS] = {}
+    app[JOBS] = {}
     app[WATCHERS] = set()
     app[STOPPING] = asyncio.Event()
     app.router.add_get("/", get_index)
+    app.router.add_get("/docs", get_static)
+    app.router.add_get("/openapi.json", get_static)
     app.router.add_get("/faces", get_faces, allow_head=False)
     app.router.add_post("/image", post_image)
     app.router.add_put("/image", post_image)  # what curl -T sends
@@ -779,14 +837,17 @@ class Connection(web.RequestHandler):
         return response
 
 
-async def serve(config: Config) -> None:
+async def serve(app: web.Application) -> None:
     """Serve until SIGINT or SIGTERM, then finish what was accepted."""
-    app, stop, loop = create_app(config), asyncio.Event(), asyncio.get_running_loop()
+    config, stop, loop = app[CONFIG], asyncio.Event(), asyncio.get_running_loop()
     runner = web.AppRunner(app, shutdown_timeout=GOODBYE_TIMEOUT)
     await runner.setup()
     manager = runner.server
     assert manager is not None
-    server = await loop.create_server(lambda: Connection(manager, loop=loop), config.host, config.port, backlog=1024)
+    connect = functools.partial(
+        Connection, manager, loop=loop, keepalive_timeout=config.upload_timeout, lingering_time=LINGER_TIMEOUT
+    )
+    server = await loop.create_server(connect, config.host, config.port, backlog=1024)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
     host, port = server.sockets[0].getsockname()[:2]
@@ -798,14 +859,12 @@ async def serve(config: Config) -> None:
     server.close()
 
 
-def parse_config(arguments: list[str]) -> Config:
+def parse_config(arguments: list[str], kind: type[Config] = Config) -> Config:
     """Read the command line; each field of Config is an option of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for each in fields(Config):
-        name, help = (
-            "--" + each.name.replace("_", "-"),
-            f"{each.metadata['help']} (default: {each.default if each.default not in ('', ()) else 'none'})",
-        )
+    for each in fields(kind):
+        default = "none" if each.default in ("", ()) else each.default
+        name, help = "--" + each.name.replace("_", "-"), f"{each.metadata['help']} (default: {default})"
         if each.name == "allow_origin":
             parser.add_argument(name, action="append", default=[], metavar="URL", help=help)
         else:
@@ -821,24 +880,35 @@ def parse_config(arguments: list[str]) -> Config:
             parser.error(f"{url} is no URL: it begins with neither http:// nor https://")
     if options.max_megapixels > MAX_MEGAPIXELS:
         parser.error(f"--max-megapixels can be {MAX_MEGAPIXELS} at most")
-    return Config(**vars(options))
+    return kind(**vars(options))
 
 
-def main() -> None:
-    """Run the server."""
-    config = parse_config(sys.argv[1:])
+def allow_open_files(number: int) -> None:
+    """Have the system let this process open so many files, since each connection is one: it often allows 1,024."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit; others may not move it
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, number), hard))
+
+
+def main(create: Callable[[Any], web.Application] = create_app, kind: type[Config] = Config) -> None:
+    """Run the server that `create` makes of the options."""
+    config = parse_config(sys.argv[1:], kind)
+    allow_open_files(config.max_clients + 1000)
     if not hasattr(cv2, "CascadeClassifier"):
         sys.exit(f"OpenCV {cv2.__version__} has no CascadeClassifier: pip install 'opencv-python-headless>=4.12,<5'")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)  # one line a photo is enough
     try:
-        load_detector(config.model, config.min_score)
+        app = create(config)
     except (OSError, ValueError) as error:
         sys.exit(f"No model to find faces with (--model): {error}")
     try:
-        asyncio.run(serve(config))
+        asyncio.run(serve(app))
     except OSError as error:
         sys.exit(f"Cannot listen on {config.host} port {config.port} (--host, --port): {error.strerror}")
+    os._exit(0)  # else Python would wait for threads whose photos were given up
 
 
 if __name__ == "__main__":
