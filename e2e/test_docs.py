@@ -1,0 +1,156 @@
+"""The documentation: the OpenAPI document against the running server, and Swagger UI at /docs in a real Chromium."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from conftest import ASTRONAUT, CDN, ROOT, expect, post, serving
+
+import server as faces
+
+if TYPE_CHECKING:
+    from playwright.async_api import Page, Route
+
+    Visit = Callable[..., Awaitable[Page]]
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+DOCUMENT = json.loads((ROOT / "static" / "openapi.json").read_text())
+EXAMPLES = {name: example["value"] for name, example in DOCUMENT["components"]["examples"].items()}
+SWAGGER_UI = Path(__file__).parent / "node_modules" / "swagger-ui-dist"
+HTTP_METHODS = {"get", "head", "post", "put"}
+
+
+async def answer(method: str, url: str, **kwargs: Any) -> Any:
+    async with aiohttp.ClientSession() as session, session.request(method, url, **kwargs) as response:
+        return await response.json(content_type=None)
+
+
+# --- The OpenAPI document ---
+
+
+async def test_each_route_of_the_app_stands_in_it() -> None:
+    routes = {
+        (route.resource.canonical, route.method.lower()) for route in faces.create_app(faces.Config()).router.routes()
+    }
+    documented = {(path, method) for path, item in DOCUMENT["paths"].items() for method in HTTP_METHODS & set(item)}
+    heads = {(path, "head") for path, method in documented if method == "get" and path != "/faces"}  # go without saying
+    assert documented | heads == routes
+
+
+async def test_the_server_answers_nothing_that_it_does_not_describe(server: str, tmp_path: Path) -> None:
+    pytest.importorskip("schemathesis", reason="Schemathesis is missing: pip install -r e2e/requirements.txt")
+    process = await asyncio.create_subprocess_exec(
+        str(Path(sys.executable).with_name("schemathesis")),
+        "run",
+        f"{server}/openapi.json",
+        "--exclude-checks=positive_data_acceptance,negative_data_rejection",  # no schema tells what a photo is
+        "--max-examples=20",
+        "--seed=1",
+        "--no-color",
+        cwd=tmp_path,
+        env=os.environ | {"SCHEMATHESIS_HOOKS": str(Path(__file__).with_name("hooks.py"))},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(120):
+        output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()
+    operations = [HTTP_METHODS & set(item) for item in DOCUMENT["paths"].values()]
+    assert f"Tested: {sum(map(len, operations))}" in output.decode()
+
+
+async def test_its_example_is_a_real_answer(server: str) -> None:
+    real, example = await post(server), EXAMPLES["astronaut"]
+    same = ("width", "height", "faces", "filename")
+    assert {name: real[name] for name in same} == {name: example[name] for name in same}
+    assert real.keys() == example.keys()
+
+
+NOBODY = "00000000-0000-4000-8000-000000000000"
+HUGE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (20000).to_bytes(4) + (10000).to_bytes(4)
+HEIC = b"\0\0\0\x18ftypheic"
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "path", "kwargs"),
+    [
+        (
+            "no_file",
+            "POST",
+            "/image",
+            {"data": b"--x--", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+        ),
+        ("empty", "POST", "/image", {"data": b""}),
+        ("bad_host", "GET", "/health", {"headers": {"Host": "no host"}}),
+        ("bad_format", "GET", "/faces?format=xml", {"headers": {"Upgrade": "websocket", "Connection": "Upgrade"}}),
+        ("other_site", "GET", "/health", {"headers": {"Origin": "https://elsewhere.example"}}),
+        ("no_image", "GET", f"/image/{NOBODY}", {}),
+        ("no_photo", "POST", "/image", {"data": b"a poem"}),
+        ("heic", "POST", "/image", {"data": HEIC}),
+        ("damaged", "POST", "/image", {"data": ASTRONAUT.read_bytes()[:5000]}),
+        ("too_large", "POST", "/image", {"data": io.BytesIO(bytes(21 * 2**20))}),
+        ("too_many_pixels", "POST", "/image", {"data": HUGE}),
+        ("no_websocket", "GET", "/faces", {"headers": {"Host": "localhost:8282"}}),
+    ],
+)
+async def test_its_examples_of_errors_are_real_answers(
+    server: str, name: str, method: str, path: str, kwargs: dict[str, Any]
+) -> None:
+    if name == "bad_format":  # it is looked at in a handshake only
+        kwargs["headers"] |= {"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+    assert await answer(method, server + path, **kwargs) == EXAMPLES[name]
+
+
+async def test_server_py_alone_has_no_documentation(tmp_path: Path) -> None:
+    async with serving(program=Path(shutil.copy(ROOT / "server.py", tmp_path))) as url:
+        assert await answer("GET", f"{url}/openapi.json") == EXAMPLES["no_static"]
+        assert (await answer("GET", f"{url}/docs"))["status"] == 404
+
+
+# --- /docs ---
+
+
+@pytest.fixture
+def swagger_ui() -> Path:
+    if not SWAGGER_UI.exists():
+        pytest.skip("swagger-ui-dist is missing: npm install --prefix e2e --no-package-lock --ignore-scripts")
+    return SWAGGER_UI
+
+
+async def visit_docs(visit: Visit, url: str, route: Callable[[Route], Awaitable[None]]) -> Page:
+    page = await visit(url, allow=CDN)
+    await page.route(f"{CDN}/**", route)
+    await page.goto(f"{url}/docs")
+    return page
+
+
+async def test_swagger_ui_posts_a_photo(server: str, visit: Visit, swagger_ui: Path) -> None:
+    version = json.loads((swagger_ui / "package.json").read_text())["version"]
+
+    async def from_npm(route: Route) -> None:
+        file = route.request.url.removeprefix(f"{CDN}/npm/swagger-ui-dist@{version}/")
+        await route.fulfill(path=swagger_ui / file, headers={"Access-Control-Allow-Origin": "*"})
+
+    page = await visit_docs(visit, server, from_npm)
+    await page.get_by_text("Post a photo", exact=True).click()
+    await page.locator("input[type=file]").set_input_files(ASTRONAUT)
+    await page.get_by_role("button", name="Execute").click()
+    answer = page.locator(".live-responses-table")
+    await expect(answer).to_contain_text('"filename": "astronaut.jpg"')
+    await expect(answer).to_contain_text("201")
+
+
+async def test_without_internet_it_says_so(server: str, visit: Visit) -> None:
+    page = await visit_docs(visit, server, lambda route: route.abort())
+    await expect(page.get_by_role("main")).to_contain_text("without internet")
+    await page.get_by_role("link", name="openapi.json").click()
+    await expect(page.locator("body")).to_contain_text('"openapi": "3.1.0"')
