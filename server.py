@@ -48,6 +48,7 @@ import sys
 import threading
 import time
 import uuid
+import zlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,6 @@ HEARTBEAT = 25  # s between pings: proxies drop a silent connection after 30 to 
 MAX_MESSAGE = 1024  # bytes in a watcher's message: it has nothing to say
 MAX_UNREAD = 32 * 1024  # bytes that may wait for a watcher, in the system and again here: some 400 URLs each
 DRAIN_TIMEOUT = 4  # s for the photos under way when the server stops; Docker kills it after 10
-LINGER_TIMEOUT = 2  # s for the rest of a body that was refused, so that its sender reads why
 GOODBYE_TIMEOUT = 1  # s for the watchers to return the goodbye, and then for the answers to be sent
 
 FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # the markers SOF0 to SOF15 of a JPEG
@@ -583,15 +583,21 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
                 if len(body) > limit:
                     raise too_large
                 if sum(uploads.values()) + sum(jobs.values()) > max_jobs(config) * limit:
-                    raise Problem(503, "The uploads under way take all memory that they may (--queue, --max-mb).")
+                    raise Problem(503, "The uploads under way are too many for the memory (--queue, --max-mb).")
                 refuse_if_stopping(request.app)
+        photo = bytes(body)
+        if request.headers.get("Content-Encoding") in ("gzip", "deflate") and isinstance(request.protocol, Connection):
+            inflate = zlib.decompressobj(47).decompress  # 47: either of the two
+            photo = await asyncio.get_running_loop().run_in_executor(request.app[POOL], inflate, photo, limit + 1)
+            if len(photo) > limit:
+                raise too_large
     except TimeoutError:
         raise Problem(408, f"The upload took over {config.upload_timeout} s (--upload-timeout).") from None
-    except web.RequestPayloadError as error:
+    except (web.RequestPayloadError, zlib.error) as error:
         raise Problem(400, f"The body is malformed: {error}") from None
     finally:
         uploads.pop(upload, None)
-    filename, photo, content_type = None, bytes(body), request.headers.get("Content-Type", "")
+    filename, content_type = None, request.headers.get("Content-Type", "")
     if content_type.lower().startswith("multipart/"):
         filename, photo = file_in_form(content_type, photo)
     if not photo:
@@ -845,7 +851,11 @@ async def serve(app: web.Application) -> None:
     manager = runner.server
     assert manager is not None
     connect = functools.partial(
-        Connection, manager, loop=loop, keepalive_timeout=config.upload_timeout, lingering_time=LINGER_TIMEOUT
+        Connection,
+        manager,
+        loop=loop,
+        keepalive_timeout=config.upload_timeout,
+        auto_decompress=False,  # it would go on after the limit, on the event loop: see read_photo()
     )
     server = await loop.create_server(connect, config.host, config.port, backlog=1024)
     for number in (signal.SIGINT, signal.SIGTERM):

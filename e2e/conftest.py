@@ -1,4 +1,4 @@
-"""What the tests of the pages share: real server processes, and a real Chromium that tells what goes wrong in it."""
+"""What the tests share: real server processes, and a real Chromium that tells what goes wrong in it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import re
 import shutil
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -136,3 +137,47 @@ async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Page]
     for context in contexts:
         await context.close()
     assert not faults
+
+
+class Server(NamedTuple):
+    """A running server process, where it listens, and the file that it logs to."""
+
+    process: subprocess.Popen[str]
+    host: str
+    port: int
+    url: str
+    log: Path
+
+
+StartServer = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture(scope="module")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
+    """A function that starts a server with the given options, on a free port."""
+    servers = []
+
+    def launch(*options: str) -> Server:
+        log = tmp_path_factory.mktemp("server") / "log"
+        command = [sys.executable, str(ROOT / "server.py"), "--port", "0", *options]
+        with log.open("w") as stderr:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        assert process.stdout
+        for line in process.stdout:
+            if address := re.search(r"http://([^:/]+):(\d+)", line):
+                servers.append(Server(process, address[1], int(address[2]), address[0], log))
+                return servers[-1]
+        raise AssertionError(log.read_text())
+
+    async def start(*options: str) -> Server:
+        async with asyncio.timeout(20):
+            return await asyncio.to_thread(launch, *options)
+
+    yield start
+    for server in servers:
+        server.process.terminate()
+    for server in servers:
+        with server.process:
+            assert server.process.wait(timeout=8) == 0
+        log = server.log.read_text()
+        assert "Traceback" not in log, log
