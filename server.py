@@ -8,28 +8,28 @@
     $ python server.py &
     $ curl -F image=@samples/astronaut.jpg http://localhost:8282/image
     {
-      "id": "917ada20-a6a3-484a-abfd-d0efc4ad85c0",
-      "url": "http://localhost:8282/image/917ada20-a6a3-484a-abfd-d0efc4ad85c0",
+      "id": "aa0e8103-7ed2-4ed7-a656-bd2e427a166c",
+      "url": "http://localhost:8282/image/aa0e8103-7ed2-4ed7-a656-bd2e427a166c",
       "width": 512,
       "height": 512,
       "faces": [
         {
-          "x": 176,
-          "y": 67,
-          "width": 95,
-          "height": 95,
-          "score": 34
+          "x": 174,
+          "y": 65,
+          "width": 98,
+          "height": 98,
+          "score": 43
         }
       ],
       "filename": "astronaut.jpg",
-      "took_ms": 85
+      "took_ms": 156
     }
 
 Meanwhile, in another terminal:
 
     $ wscat -c ws://localhost:8282/faces
     Connected (press CTRL+C to quit)
-    < http://localhost:8282/image/917ada20-a6a3-484a-abfd-d0efc4ad85c0
+    < http://localhost:8282/image/aa0e8103-7ed2-4ed7-a656-bd2e427a166c
 """
 
 import argparse

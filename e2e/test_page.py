@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from conftest import ASTRONAUT, ROOT, expect, post, serving
+from conftest import ASTRONAUT, ROOT, TIMEOUT, expect, post, serving
 
 if TYPE_CHECKING:
-    from playwright.async_api import Page, Request, Route
+    from playwright.async_api import FileChooser, Page, Request, Route
 
     Visit = Callable[..., Awaitable[Page]]
 
@@ -125,7 +125,7 @@ async def test_a_progress_bar_while_it_uploads(server: str, visit: Visit, tmp_pa
     file.write_bytes(bytes(10**6))
     page = await connected(await visit(server))
     devtools = await page.context.new_cdp_session(page)
-    slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 10**6}  # bytes/s
+    slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 2 * 10**5}  # bytes/s
     await devtools.send("Network.emulateNetworkConditions", slow)
     await page.get_by_label("Choose photos").set_input_files(file)
     await expect(page.locator("progress[value^='0.']")).to_have_accessible_name("large.jpg")
@@ -359,10 +359,13 @@ async def test_it_fits_a_phone(server: str, visit: Visit) -> None:
 
 async def test_it_works_by_keyboard(server: str, visit: Visit) -> None:
     page = await connected(await visit(server, permissions=["camera"]))
+    chooser: asyncio.Future[FileChooser] = asyncio.get_running_loop().create_future()
+    page.once("filechooser", lambda opened: chooser.set_result(opened))
     await page.keyboard.press("Tab")
-    async with page.expect_file_chooser() as chooser:
-        await page.keyboard.press("Enter")
-    await (await chooser.value).set_files(ASTRONAUT)
+    await expect(page.get_by_label("Choose photos")).to_be_focused()
+    await page.keyboard.press("Enter")
+    async with asyncio.timeout(TIMEOUT):
+        await (await chooser).set_files(ASTRONAUT)
     await expect(page.locator(CARDS)).to_be_visible()
     await page.keyboard.press("Tab")
     await expect(page.get_by_role("button", name="Live camera")).to_be_focused()
