@@ -112,7 +112,8 @@ class RedisStore(Store):
     async def health(self) -> dict[str, Any]:
         try:
             await self.check()
-            return {"images": await self.redis.dbsize(), "bytes": (await self.redis.info("memory"))["used_memory"]}
+            images, memory = await self.redis.dbsize() - len(self.renewals), await self.redis.info("memory")
+            return {"images": images, "bytes": memory["used_memory"]}
         except (Problem, RedisError):
             return {"status": "no Redis", "images": None, "bytes": None}
 

@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -237,7 +238,9 @@ async def test_the_tests_of_server_py_pass(redis: Redis) -> None:
     ]
     command = [sys.executable, "-m", "pytest", "-q", "test_server.py"]
     command += [f"--deselect=test_server.py::{name}" for name in of_the_store]
-    environment = os.environ | {"FACES_SERVER": f"cluster/cluster.py --redis-url {redis.url}"}
+    with_no_images = "import redis, runpy, sys; redis.Redis.from_url(sys.argv[2]).flushdb()"
+    start = f"{with_no_images}; runpy.run_path('cluster/cluster.py', run_name='__main__')"
+    environment = os.environ | {"FACES_SERVER": shlex.join(["-c", start, "--redis-url", redis.url])}
     tests = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment, stdout=PIPE)
     said, _ = await asyncio.wait_for(tests.communicate(), 600)
     assert tests.returncode == 0, said.decode()
