@@ -3,6 +3,7 @@
 python bench/fuzz.py [RUNS]
 """
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -65,17 +66,18 @@ def mutated(draw: st.DrawFn, originals: list[bytes], tokens: st.SearchStrategy[b
     return bytes(data[: draw(st.one_of(st.just(len(data)), st.integers(0, len(data))))])
 
 
+annotate = functools.partial(server.annotate, max_megapixels=1)
 seen = {"annotated": 0, "refused": 0, "slowest": 0.0}
 
 
 def expect(own: tuple[type[Exception], ...], function, *arguments: object) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         function(*arguments)
         seen["annotated"] += 1
     except own:
         seen["refused"] += 1
-    seen["slowest"] = max(seen["slowest"], time.perf_counter() - start)
+    seen["slowest"] = max(seen["slowest"], time.process_time() - start)
 
 
 fuzz = settings(
@@ -86,7 +88,7 @@ fuzz = settings(
 @fuzz
 @given(mutated(PHOTOS, st.binary(max_size=8)))
 def fuzz_annotate(photo: bytes) -> None:
-    expect((server.UnsupportedPhoto, server.BadPhoto), server.annotate, photo, 1)
+    expect((server.UnsupportedPhoto, server.BadPhoto), annotate, photo)
 
 
 @fuzz
