@@ -58,9 +58,10 @@ from pathlib import Path
 from socket import SO_SNDBUF, SOL_SOCKET
 from typing import Any, NamedTuple, TypeVar
 
-# OpenCV reads this limit once, when it is imported. It only backs up --max-megapixels, which is checked before.
+# OpenCV reads these once, when it is imported. The limit only backs up --max-megapixels, which is checked before.
 MAX_MEGAPIXELS = 250
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_MEGAPIXELS * 10**6))
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # the answers say what is wrong with a photo
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
@@ -138,9 +139,7 @@ class Config:
     queue: int = option(8, "photos that may wait for each thread; there is a thread for each CPU")
     max_clients: int = option(1000, "watchers at a time")
     model: str = option("", "file to find faces with: a YuNet network in .onnx or a cascade in OpenCV's XML")
-    min_score: float = option(
-        0.0, f"score that a face needs; 0 is {HAAR_SCORE} with a cascade, {YUNET_SCORE} with YuNet"
-    )
+    min_score: float = option(0.0, f"score of a face; 0 takes {HAAR_SCORE} with a cascade, {YUNET_SCORE} with YuNet")
 
 
 # --- The image: bytes in, bytes out, nothing of HTTP ---

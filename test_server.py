@@ -1040,6 +1040,13 @@ async def test_each_photo_gets_one_line_in_the_log(start: Callable[..., Server],
     assert re.search(r"'a\\x1b\[31mb\.jpg': 512 x 512 px, 1 faces, \d+ ms, 1 watchers$", line)
 
 
+async def test_a_bad_photo_gets_one_line_too(start: Callable[..., Server], client: aiohttp.ClientSession) -> None:
+    fresh = start()
+    assert await posted(client, fresh.url, FORMATS["GIF"][:-1000]) == 422
+    (line,) = fresh.log.read_text().splitlines()
+    assert line.endswith("None: 422 The photo is damaged or cut short.")
+
+
 # --- Stopping ---
 
 
