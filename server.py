@@ -81,7 +81,7 @@ MIB = 2**20  # bytes
 HAAR_WINDOW = 24  # px, the side of the window that the cascade was trained on
 HAAR_SMALLEST = 32  # px, the smallest face that is looked for: a smaller one looks like any texture
 HAAR_PER_SIDE = 32  # and none under 1/32 of the longer side: no photo costs more than one of 1024 px
-HAAR_COARSE = 2 ** (1 / 3)  # from one size of windows to the next in the scan: three to an octave
+HAAR_STEPS = 2 ** (1 / 2), 2 ** (1 / 3)  # between sizes of windows: the smallest, which take the most time; the others
 HAAR_DENSE = 1.1  # the same in a view
 HAAR_FACE, HAAR_VIEW = 32, 44  # px, the sides of the proposed face in a view, and of the view
 HAAR_VIEWS = ((0, False), (-8, True), (8, True), (-16, False), (16, False))  # degrees turned, and whether mirrored
@@ -283,7 +283,8 @@ class HaarDetector(threading.local):
         levels = self.pyramid(image)
         windows: list[list[int]] = []
         for level, scale in levels:  # in windows of one octave: for larger ones, OpenCV doubles the positions
-            found = self.cascade.detectMultiScale(level, HAAR_COARSE, 0, maxSize=(2 * HAAR_WINDOW - 1,) * 2)
+            step = HAAR_STEPS[level is not levels[0][0]]
+            found = self.cascade.detectMultiScale(level, step, 0, maxSize=(2 * HAAR_WINDOW - 1,) * 2)
             windows += [[int(value * scale) for value in window] for window in found]
         boxes, counts = cv2.groupRectangles(windows * 2, 1, 0.3)  # twice, as it drops what is there only once
         proposals = sorted(zip(counts, map(tuple, boxes), strict=True), reverse=True)[:HAAR_PROPOSALS]
