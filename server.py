@@ -880,7 +880,7 @@ def parse_config(arguments: list[str], kind: type[Config] = Config) -> Config:
         else:
             parser.add_argument(name, type=type(each.default), default=each.default, help=help)
     options = parser.parse_args(arguments)
-    options.allow_origin = tuple(options.allow_origin)
+    options.allow_origin = tuple(url.rstrip("/") for url in options.allow_origin)
     options.public_url = options.public_url.rstrip("/")
     for name, value in vars(options).items():
         if isinstance(value, int) and value < (0 if name in ("port", "queue") else 1):

@@ -806,7 +806,7 @@ async def test_the_site_of_the_public_url_is_its_own(
             assert answer.status == status
 
 
-@pytest.mark.parametrize("option", ["https://school.example", "*"])
+@pytest.mark.parametrize("option", ["https://school.example", "https://school.example/", "*"])
 async def test_an_allowed_site_gets_what_browsers_need(
     start: Callable[..., Server], client: aiohttp.ClientSession, option: str
 ) -> None:
