@@ -283,7 +283,7 @@ class HaarDetector(threading.local):
         levels = self.pyramid(image)
         windows: list[list[int]] = []
         for level, scale in levels:  # in windows of one octave: for larger ones, OpenCV doubles the positions
-            step = HAAR_STEPS[level is not levels[0][0]]
+            step = HAAR_STEPS[0] if level is levels[0][0] else HAAR_STEPS[1]
             found = self.cascade.detectMultiScale(level, step, 0, maxSize=(2 * HAAR_WINDOW - 1,) * 2)
             windows += [[int(value * scale) for value in window] for window in found]
         boxes, counts = cv2.groupRectangles(windows * 2, 1, 0.3)  # twice, as it drops what is there only once
@@ -309,6 +309,7 @@ class HaarDetector(threading.local):
     def verify(self, levels: list[tuple[Pixels, float]], box: tuple[int, ...]) -> Face:
         """The mean of the windows that pass in views of a proposed box, and their number as the score."""
         x, y, side, _ = box
+        # The smallest copy in which the face is still two windows large, or else the first.
         level, scale = [levels[0], *(each for each in levels if side >= 2 * HAAR_WINDOW * each[1])][-1]
         middle = ((x + side / 2) / scale, (y + side / 2) / scale)
         passed = []
@@ -573,6 +574,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     config, uploads, jobs = request.app[CONFIG], request.app[UPLOADS], request.app[JOBS]
     upload, body = object(), bytearray()
     limit, too_large = config.max_mb * MIB, Problem(413, f"The body is over {config.max_mb} MiB (--max-mb).")
+    room = max_jobs(config) * limit  # for all uploads and photos under way
     if (request.content_length or 0) > limit:
         raise too_large
     try:
@@ -582,7 +584,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
                 uploads[upload] = len(body)
                 if len(body) > limit:
                     raise too_large
-                if sum(uploads.values()) + sum(jobs.values()) > max_jobs(config) * limit:
+                if sum(uploads.values()) + sum(jobs.values()) > room:
                     raise Problem(503, "The uploads under way are too many for the memory (--queue, --max-mb).")
                 refuse_if_stopping(request.app)
         photo = bytes(body)
@@ -611,11 +613,12 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
     By regular expressions: the email package takes seconds for some headers (python/cpython#136063), and aiohttp's
     reader takes six times as long for most photos, and lets a preamble have any length.
     """
-    boundary = BOUNDARY.search(content_type)
-    delimiter = b"\r\n--" + boundary[1].strip('"').encode(errors="replace") if boundary else b"\r\n--"
-    parts = (b"\r\n" + form).split(delimiter, MAX_PARTS) if boundary else []
-    file = None
-    for part in parts[1:]:
+    malformed = Problem(400, f"The form is malformed (RFC 7578), or has over {MAX_PARTS} parts.")
+    boundary, file = BOUNDARY.search(content_type), None
+    if not boundary:
+        raise malformed
+    delimiter = b"\r\n--" + boundary[1].strip('"').encode(errors="replace")
+    for part in (b"\r\n" + form).split(delimiter, MAX_PARTS)[1:]:
         if part.startswith(b"--"):
             if file:
                 return file
@@ -630,7 +633,7 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
             if ENCODED.search(headers):
                 raise Problem(400, "The file in the form has a Content-Transfer-Encoding; send it as it is.")
             file = name, content
-    raise Problem(400, f"The form is malformed (RFC 7578), or has over {MAX_PARTS} parts.")
+    raise malformed
 
 
 async def process(app: web.Application, id: str, filename: str | None, photo: bytes, promised: bool) -> Image | Problem:

@@ -142,7 +142,11 @@ class Server:
         watchdog = threading.Timer(TIMEOUT, self.process.kill)
         watchdog.start()
         assert self.process.stdout is not None
-        self.said = "".join(iter(self.process.stdout.readline, "\n")) if self.process.stdout.readline() else ""
+        self.said = ""
+        for line in self.process.stdout:  # until it ends, should it not start
+            self.said += line
+            if "/health" in line:
+                break
         watchdog.cancel()
         found = re.search(r"curl (http://\S+)/health", self.said)
         assert found, log.read_text()
