@@ -354,8 +354,8 @@ async def test_a_photo_under_way_when_redis_goes_away_is_refused_as_a_whole(
 ) -> None:
     watchers = {url: await client.watch(f"{url}/faces") for url in three}
     refused = asyncio.create_task(client.refused(three[0], SLOW))
+    promised = (await client.post(three[1], SLOW, **ASYNC))["id"]  # at the same time: neither may be done too early
     await client.until(three[0], "queued", 1)
-    promised = (await client.post(three[1], SLOW, **ASYNC))["id"]
     redis.program.process.send_signal(number)
     await refused
     await client.until(three[1], "queued", 0)
