@@ -50,7 +50,7 @@ import time
 import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from http import HTTPStatus
@@ -454,7 +454,6 @@ CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 POOL = web.AppKey("POOL", ThreadPoolExecutor)
 STORE = web.AppKey("STORE", Store)
-ANNOUNCE: web.AppKey[Callable[[web.Application, Image], Awaitable[None]]] = web.AppKey("ANNOUNCE")
 UPLOADS: web.AppKey[dict[object, int]] = web.AppKey("UPLOADS")  # the bytes that have come of each
 JOBS: web.AppKey[dict["asyncio.Task[Image | Problem]", int]] = web.AppKey("JOBS")  # the bytes of each photo under way
 WATCHERS: web.AppKey[set[Watcher]] = web.AppKey("WATCHERS")
@@ -643,7 +642,7 @@ async def process(app: web.Application, id: str, filename: str | None, photo: by
         annotated = await loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], config.max_megapixels)
         image = Image(id, filename, round((time.monotonic() - start) * 1000), annotated)
         await app[STORE].put(id, image)
-        await app[ANNOUNCE](app, image)
+        await announce(app, image)
         _, width, height, faces = annotated
         counts = len(faces), image.took_ms, len(app[WATCHERS])
         log.info("%r: %d x %d px, %d faces, %d ms, %d watchers", filename, width, height, *counts)
@@ -802,7 +801,6 @@ def create_app(config: Config) -> web.Application:
     app[DETECTOR] = load_detector(config.model, config.min_score)
     app[POOL] = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="annotate")
     app[STORE] = Store(config.keep, config.keep_mb * MIB)
-    app[ANNOUNCE] = announce
     app[UPLOADS] = {}
     app[JOBS] = {}
     app[WATCHERS] = set()

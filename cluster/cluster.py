@@ -31,6 +31,12 @@ PROMISE = 2000  # ms until the promise of a process that died is gone
 TIMEOUT = 3  # s for an answer of Redis
 POLL = 0.1  # s between looks at a promise
 RETRY = 0.5  # s between attempts to subscribe
+KEEP = """  -- all of it by the time ARGV[1], or nothing: a paused Redis would do it when nobody waits for it any more
+    local now = redis.call('TIME')
+    if now[1] + now[2] / 1e6 > tonumber(ARGV[1]) then return redis.error_reply('it came too late') end
+    redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[3])
+    if ARGV[5] ~= '' then redis.call('PUBLISH', ARGV[4], ARGV[5]) end
+"""
 
 log = logging.getLogger("faces.cluster")
 
@@ -67,7 +73,7 @@ class RedisStore(Store):
             timeout=TIMEOUT,
             socket_timeout=TIMEOUT,
             socket_connect_timeout=TIMEOUT,
-            retry=Retry(NoBackoff(), 0),  # Redis may have published what it did not answer: once is enough
+            retry=Retry(NoBackoff(), 0),  # Redis may have done what it did not answer: once is enough
             protocol=2,  # with 3, redis-py 8.1 takes a connection that Redis has closed for a good one
         )
         self.redis = Redis.from_pool(pool)
@@ -90,11 +96,16 @@ class RedisStore(Store):
                 await self.redis.pexpire(f"faces:{id}", PROMISE, gt=True)  # gt: put() may have been faster
 
     async def put(self, id: str, outcome: Image | Problem) -> None:
+        """Keep an outcome, and tell the other processes of an image, whose own watchers the server tells next."""
         if id in self.renewals:
             self.renewals.pop(id).cancel()
+        value = encode(outcome)
+        news = self.process + b" " + value.partition(b"\n")[0] if isinstance(outcome, Image) else b""
         try:
             with redis_needed():
-                await self.redis.set(f"faces:{id}", encode(outcome), ex=self.keep_seconds)
+                seconds, microseconds = await self.redis.time()
+                deadline = f"{seconds + TIMEOUT}.{microseconds:06}"
+                await self.redis.eval(KEEP, 1, f"faces:{id}", deadline, value, self.keep_seconds, self.channel, news)
         except Problem:
             if isinstance(outcome, Image):  # otherwise, the promise soon lapses
                 raise
@@ -130,12 +141,6 @@ class RedisStore(Store):
         if handler is server.post_image:
             await self.check()
         return await handler(request)
-
-    async def publish(self, app: web.Application, image: Image) -> None:
-        """Announce an image to the watchers of all processes; to the own ones here, even if the process stops next."""
-        with redis_needed():
-            await self.redis.publish(self.channel, self.process + b" " + encode(image).partition(b"\n")[0])
-        await server.announce(app, image)
 
     async def relay(self, app: web.Application) -> None:
         """Announce what the other processes publish. When Redis goes away, begin again until it is back."""
@@ -195,13 +200,13 @@ def decode(value: bytes) -> Image | Problem:
 
 
 def create_app(config: ClusterConfig) -> web.Application:
-    """The server, with its images in Redis, and its announcements sent through it."""
+    """The server, with its images in Redis."""
     try:
         store = RedisStore(config)
     except ValueError as error:
         sys.exit(f"{error} (--redis-url)")
     app = server.create_app(config)
-    app[server.STORE], app[server.ANNOUNCE] = store, store.publish
+    app[server.STORE] = store
     app.middlewares.append(store.check_first)
     app.cleanup_ctx.append(store.stay_subscribed)
     return app

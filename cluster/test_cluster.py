@@ -33,6 +33,7 @@ ROOT = CLUSTER.parent
 ASTRONAUT = (ROOT / "samples/astronaut.jpg").read_bytes()
 TILES = np.tile(cv2.imdecode(np.frombuffer(ASTRONAUT, np.uint8), cv2.IMREAD_COLOR), (8, 10, 1))
 SLOW = cv2.imencode(".jpg", TILES)[1].tobytes()  # 21 megapixels, to see what happens meanwhile
+PLAIN = cv2.imencode(".jpg", np.full((6000, 8000), 128, np.uint8))[1].tobytes()  # as slow, and annotated under 1 MB
 TIMEOUT = 30  # s, for every wait
 SECONDS = 8  # s, where the promise is "within seconds"
 PROMISE = 2  # s, as in cluster.py
@@ -348,13 +349,14 @@ async def test_a_process_that_starts_without_redis_waits_for_it(start: Start, re
     await client.post(early.url)
 
 
+@pytest.mark.parametrize("photo", [SLOW, PLAIN], ids=["slow", "plain"])  # the latter fits what a socket holds
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_photo_under_way_when_redis_goes_away_is_refused_as_a_whole(
-    three: list[str], redis: Redis, client: Client, number: signal.Signals
+    three: list[str], redis: Redis, client: Client, number: signal.Signals, photo: bytes
 ) -> None:
     watchers = {url: await client.watch(f"{url}/faces") for url in three}
-    refused = asyncio.create_task(client.refused(three[0], SLOW))
-    promised = (await client.post(three[1], SLOW, **ASYNC))["id"]  # at the same time: neither may be done too early
+    refused = asyncio.create_task(client.refused(three[0], photo))
+    promised = (await client.post(three[1], photo, **ASYNC))["id"]  # at the same time: neither may be done too early
     await client.until(three[0], "queued", 1)
     redis.program.process.send_signal(number)
     await refused
