@@ -50,13 +50,13 @@ import time
 import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from http import HTTPStatus
 from pathlib import Path
 from socket import SO_SNDBUF, SOL_SOCKET
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 # OpenCV reads these once, when it is imported. The limit only backs up --max-megapixels, which is checked before.
 MAX_MEGAPIXELS = 250
@@ -69,13 +69,13 @@ from aiohttp import WSCloseCode, WSMsgType, web  # noqa: E402
 from aiohttp.typedefs import Handler  # noqa: E402
 
 ROOT = Path(__file__).parent
+CASCADE = "haarcascade_frontalface_default.xml"  # beside this file, or else in the OpenCV wheel
 STATIC = ROOT / "static"  # where that is beside this file
 PAGES = {"/": "index.html", "/docs": "docs.html", "/openapi.json": "openapi.json"}  # in it
 PAGE_POLICY = (  # data: and blob: are images that a page has in itself
     "default-src 'none'; script-src 'nonce-NONCE'; style-src 'nonce-NONCE'; connect-src 'self'; "
     "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-CASCADE = "haarcascade_frontalface_default.xml"  # beside this file, or else in the OpenCV wheel
 MIB = 2**20  # bytes
 
 HAAR_WINDOW = 24  # px, the side of the window that the cascade was trained on
@@ -107,20 +107,18 @@ GOODBYE_TIMEOUT = 1  # s for the watchers to return the goodbye, and then for th
 FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # the markers SOF0 to SOF15 of a JPEG
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 BOUNDARY = re.compile(r'; *boundary=("[^"]+"|[^ ";]+)', re.IGNORECASE)
-PART_HEADERS = re.compile(r"[ \t]*(\r\n[!-9;-~]+:[^\r\n\0]{,8000}){,100}")
-FILENAME = re.compile(r'\nContent-Disposition:.*?; *filename\*?=("[^"]*|[^ ";\r]*)', re.IGNORECASE)
+PART = re.compile(rb"[ \t]*((?:\r\n[!-9;-~]+:[^\r\n\0]{,8000}){,100})\r\n\r\n(.*)", re.DOTALL)  # headers and content
+FILENAME = re.compile(r'\nContent-Disposition:.*?; *filename\*?="?((?<=")[^"]*|[^ ";\r]*)', re.IGNORECASE)
 ENCODED = re.compile(r"\nContent-Transfer-Encoding:(?! *(binary|8bit|7bit))", re.IGNORECASE)
 HOST = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")  # a name or address, maybe a port
 
 log = logging.getLogger("faces")
 Pixels = np.ndarray[Any, np.dtype[Any]]  # BGR, (height, width, 3), uint8
-T = TypeVar("T")
 
 
-def option(default: T, help: str) -> T:
+def option(default: Any, help: str) -> Any:
     """A field of Config that is an option of the command line."""
-    value: T = field(default=default, metadata={"help": help})
-    return value
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -162,11 +160,6 @@ class Face(NamedTuple):
     height: int
     score: float
 
-    def within(self, width: int, height: int) -> "Face":
-        """The same with the part of the box that lies on a photo of that size."""
-        x, y = max(0, self.x), max(0, self.y)
-        return Face(x, y, min(width, self.x + self.width) - x, min(height, self.y + self.height) - y, self.score)
-
 
 class Annotated(NamedTuple):
     """An upright photo with a box around each face, as a JPEG without metadata; width and height in pixels."""
@@ -180,9 +173,7 @@ class Annotated(NamedTuple):
 Detector = Callable[[Pixels], list[Face]]
 
 
-def annotate(
-    photo: bytes, find_faces: Detector | None = None, max_megapixels: float = Config.max_megapixels
-) -> Annotated:
+def annotate(photo: bytes, detect: Detector | None = None, max_megapixels: float = Config.max_megapixels) -> Annotated:
     """Find the faces in a JPEG, PNG, WebP or GIF and draw a box around each. Safe in any number of threads.
 
     Raises UnsupportedPhoto or BadPhoto.
@@ -193,19 +184,19 @@ def annotate(
         raise BadPhoto("The photo ends within its header.") from None
     if photo.startswith(b"\xff\xd8") and photo.count(b"\xff\xda") > MAX_SCANS:
         raise BadPhoto(f"The photo has over {MAX_SCANS} scans.")
-    megapixels = width * height / 1e6
-    if megapixels > max_megapixels:
-        size = f"{width} x {height} pixels, {megapixels:.1f} megapixels"
+    if width * height > max_megapixels * 1e6:
+        size = f"{width} x {height} pixels, {width * height / 1e6:.1f} megapixels"
         raise BadPhoto(f"The photo has {size}; the limit is {max_megapixels} (--max-megapixels).")
     if max(width, height) > MAX_JPEG_SIDE:
         raise BadPhoto(f"The photo has {width} x {height} pixels; a JPEG has at most {MAX_JPEG_SIDE} a side.")
-    image = decode(photo)
+    image, faces = decode(photo), []
     height, width = image.shape[:2]
-    faces = [face.within(width, height) for face in (find_faces or load_detector())(image)]
     line = max(2, max(width, height) // 250)  # px: as wide on a screen, however large the photo
-    for x, y, w, h, _ in faces:
-        cv2.rectangle(image, (x, y), (x + w, y + h), (0, 0, 0), 2 * line)  # a black edge, to stand out from green
-        cv2.rectangle(image, (x, y), (x + w, y + h), (0, 255, 0), line)
+    for x, y, w, h, score in (detect or load_detector())(image):
+        left, top, right, bottom = max(0, x), max(0, y), min(width, x + w), min(height, y + h)
+        for color, thickness in (((0, 0, 0), 2 * line), ((0, 255, 0), line)):  # a black edge, to stand out from green
+            cv2.rectangle(image, (left, top), (right, bottom), color, thickness)
+        faces.append(Face(left, top, right - left, bottom - top, score))
     _, jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     return Annotated(jpeg.tobytes(), width, height, faces)
 
@@ -393,9 +384,9 @@ class Image:
 class Problem(Exception):
     """An answer that is an error: its HTTP status, what is wrong, and headers."""
 
-    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(status, detail, headers)
-        self.status, self.detail, self.headers = status, detail, headers
+        self.status, self.detail, self.headers = status, detail, headers or {}
 
 
 class Store:
@@ -492,20 +483,21 @@ def commands(base: str) -> str:
 
 async def get_index(request: web.Request) -> web.Response:
     """GET /: what this is, and how to use it; for a browser, a page to post from and watch on."""
-    if "text/html" in request.headers.get("Accept", "") and (STATIC / PAGES["/"]).exists():
-        return await get_static(request)
+    if "text/html" in request.headers.get("Accept", "") and (STATIC / "index.html").exists():
+        return await get_page(request)
     what = "Post a photo, and every watcher gets the URL of the same photo with a box around each face.\n"
     return web.Response(text=f"{what}{commands(base_url(request))}\nStart your own: python server.py\n")
 
 
-async def get_static(request: web.Request) -> web.Response:
+async def get_page(request: web.Request) -> web.Response:
     """GET /docs and /openapi.json: a file of static/. The pages there run their own scripts alone, by a nonce."""
-    file, nonce = STATIC / PAGES[request.path], secrets.token_urlsafe()
-    if not file.exists():
-        raise Problem(404, f"This server runs without its folder static/, which has {file.name}.")
-    text = file.read_text("utf-8").replace("NONCE", nonce)
+    name = PAGES[request.path]
+    if not (STATIC / name).exists():
+        raise Problem(404, f"This server runs without its folder static/, which has {name}.")
+    nonce = secrets.token_urlsafe()
     headers = {"Content-Security-Policy": PAGE_POLICY.replace("NONCE", nonce)}
-    return web.Response(text=text, headers=headers, content_type=mimetypes.guess_type(file.name)[0])
+    text = (STATIC / name).read_text("utf-8").replace("NONCE", nonce)
+    return web.Response(text=text, headers=headers, content_type=mimetypes.guess_type(name)[0])
 
 
 async def get_faces(request: web.Request) -> web.WebSocketResponse:
@@ -617,21 +609,20 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
     if not boundary:
         raise malformed
     delimiter = b"\r\n--" + boundary[1].strip('"').encode(errors="replace")
-    for part in (b"\r\n" + form).split(delimiter, MAX_PARTS)[1:]:
-        if part.startswith(b"--"):
+    for text in (b"\r\n" + form).split(delimiter, MAX_PARTS)[1:]:
+        if text.startswith(b"--"):
             if file:
                 return file
             raise Problem(400, "There is no file in the form. Try: curl -F image=@photo.jpg")
-        head, end_of_head, content = part.partition(b"\r\n\r\n")
-        headers = head.decode(errors="replace")
-        if not end_of_head or not PART_HEADERS.fullmatch(headers):
+        part = PART.fullmatch(text)
+        if not part:
             break
+        headers, content = part[1].decode(errors="replace"), part[2]
         filename = FILENAME.search(headers)
-        name = filename and filename[1].strip('"')[:MAX_NAME]
-        if not file and (name or (name is not None and content)):  # a browser sends neither where none was chosen
+        if not file and filename and (filename[1] or content):  # a browser sends neither where none was chosen
             if ENCODED.search(headers):
                 raise Problem(400, "The file in the form has a Content-Transfer-Encoding; send it as it is.")
-            file = name, content
+            file = filename[1][:MAX_NAME], content
     raise malformed
 
 
@@ -665,20 +656,7 @@ async def process(app: web.Application, id: str, filename: str | None, photo: by
 
 
 async def get_image(request: web.Request) -> web.Response:
-    """GET /image/{id}: the annotated JPEG; one that is under way is waited for."""
-    image = await kept_image(request)
-    headers = {"Cache-Control": "private, max-age=31536000, immutable"}
-    return web.Response(body=image.annotated.jpeg, content_type="image/jpeg", headers=headers)
-
-
-async def get_meta(request: web.Request) -> web.Response:
-    """GET /image/{id}/meta: the JSON of the POST."""
-    image = await kept_image(request)
-    return json_response(image.meta(base_url(request)))
-
-
-async def kept_image(request: web.Request) -> Image:
-    """The image that the path names. Raises Problem where there is none."""
+    """GET /image/{id}: the annotated JPEG, and /image/{id}/meta: the JSON of the POST; one under way is waited for."""
     config = request.app[CONFIG]
     try:
         outcome = await request.app[STORE].get(request.match_info["id"])
@@ -686,8 +664,11 @@ async def kept_image(request: web.Request) -> Image:
         kept = f"the last {config.keep} are kept, up to {config.keep_mb} MiB (--keep, --keep-mb)"
         raise Problem(404, f"There is no such image; {kept}.") from None
     if isinstance(outcome, Problem):
-        raise Problem(*outcome.args)  # a copy: raised again, it would hold on to each request
-    return outcome
+        raise Problem(outcome.status, outcome.detail)  # a copy: raised again, it would hold on to each request
+    if request.path.endswith("/meta"):
+        return json_response(outcome.meta(base_url(request)))
+    headers = {"Cache-Control": "private, max-age=31536000, immutable"}
+    return web.Response(body=outcome.annotated.jpeg, content_type="image/jpeg", headers=headers)
 
 
 async def get_health(request: web.Request) -> web.Response:
@@ -702,21 +683,19 @@ async def get_health(request: web.Request) -> web.Response:
 # --- What the handlers share ---
 
 
-def json_response(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+def json_response(
+    data: Any, status: int = 200, headers: dict[str, str] | None = None, content_type: str = "application/json"
+) -> web.Response:
     """JSON, laid out for people with curl."""
     text = json.dumps(data, indent=2) + "\n"
-    return web.Response(text=text, status=status, headers=headers, content_type="application/json")
+    return web.Response(text=text, status=status, headers=headers, content_type=content_type)
 
 
 def problem_response(problem: Problem) -> web.Response:
     """An error as application/problem+json (RFC 9457)."""
-    title = HTTPStatus(problem.status).phrase
-    document = {"title": title, "status": problem.status, "detail": problem.detail}
-    response = json_response(document, problem.status, problem.headers)
-    response.content_type = "application/problem+json"
-    if problem.status == 503:
-        response.headers["Retry-After"] = "1"  # s
-    return response
+    document = {"title": HTTPStatus(problem.status).phrase, "status": problem.status, "detail": problem.detail}
+    headers = problem.headers | ({"Retry-After": "1"} if problem.status == 503 else {})  # s
+    return json_response(document, problem.status, headers, "application/problem+json")
 
 
 def refuse_if_stopping(app: web.Application) -> None:
@@ -731,54 +710,53 @@ def base_url(request: web.Request) -> str:
 
 
 @web.middleware
-async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer each error as a problem, aiohttp's 404 and 405 as well."""
+async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer each error as a problem, aiohttp's 404 and 405 as well, and tell browsers what they may do with it."""
+    headers = {"X-Content-Type-Options": "nosniff"}
+    if request.app[CONFIG].allow_origin:
+        headers["Vary"] = "Origin"
     try:
-        return await handler(request)
+        if origin := foreign_origin(request):
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = "Location, Preference-Applied, Retry-After"
+        if origin and request.method == "OPTIONS":
+            headers["Access-Control-Allow-Methods"] = "GET, HEAD, POST, PUT"
+            headers["Access-Control-Allow-Headers"] = "Content-Type, Prefer"
+            return web.Response(status=204, headers=headers)
+        response = await handler(request)
     except Problem as problem:
-        return problem_response(problem)
+        response = problem_response(problem)
     except web.HTTPException as error:
-        allow = {name: value for name, value in error.headers.items() if name == "Allow"}
-        return problem_response(Problem(error.status, HTTPStatus(error.status).description, allow))
+        allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+        response = problem_response(Problem(error.status, HTTPStatus(error.status).description, allow))
     except ConnectionError:
         raise  # the client is gone
     except Exception:
         log.exception("%s %r failed", request.method, request.path)
-        return problem_response(Problem(500, "The server failed on this request; its log says why."))
+        response = problem_response(Problem(500, "The server failed on this request; its log says why."))
+    response.headers.update(headers)
+    return response
 
 
-@web.middleware
-async def check_origin(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse a Host that is none, and the pages of other sites: they could use a server on their reader's machine."""
+def foreign_origin(request: web.Request) -> str | None:
+    """The other site whose page sent this, where that is allowed: any site could use a server on its reader's machine.
+
+    Raises Problem where it is not allowed, and where the Host is none.
+    """
     hosts = request.headers.getall("Host", [])
     if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
         raise Problem(400, "The request needs one Host header, with a name or an address and maybe a port.")
     origin = request.headers.get("Origin")
-    sent_to = f"http://{hosts[0]}"
-    if origin is None or site(origin) in (site(sent_to), site(request.app[CONFIG].public_url or sent_to)):
-        return await handler(request)
+    if origin is None or site(origin) in (site(f"http://{hosts[0]}"), site(base_url(request))):
+        return None
     if {"*", origin}.isdisjoint(request.app[CONFIG].allow_origin):
         raise Problem(403, f"A page of {origin} may not use this server (--allow-origin).")
-    request["allowed"] = origin
-    if request.method == "OPTIONS":
-        methods = {"Access-Control-Allow-Methods": "GET, HEAD, POST, PUT"}
-        return web.Response(status=204, headers=methods | {"Access-Control-Allow-Headers": "Content-Type, Prefer"})
-    return await handler(request)
+    return origin
 
 
 def site(url: str) -> str:
     """Host and port of a URL. A proxy changes the scheme, so the ports that schemes imply do not count."""
     return re.sub(":(80|443)$", "", url.partition("://")[2].partition("/")[0].lower())
-
-
-async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Have browsers take an answer for what it says it is, and pages of allowed sites read it."""
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    if request.app[CONFIG].allow_origin:
-        response.headers["Vary"] = "Origin"
-    if "allowed" in request:
-        response.headers["Access-Control-Allow-Origin"] = request["allowed"]
-        response.headers["Access-Control-Expose-Headers"] = "Location, Preference-Applied, Retry-After"
 
 
 # --- The application ---
@@ -796,7 +774,7 @@ def max_jobs(config: Config) -> int:
 
 def create_app(config: Config) -> web.Application:
     """The server, for web.run_app(), a test, or serve(). Raises OSError or ValueError where the model is none."""
-    app = web.Application(middlewares=[answer_errors, check_origin])
+    app = web.Application(middlewares=[answer])
     app[CONFIG] = config
     app[DETECTOR] = load_detector(config.model, config.min_score)
     app[POOL] = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="annotate")
@@ -806,15 +784,14 @@ def create_app(config: Config) -> web.Application:
     app[WATCHERS] = set()
     app[STOPPING] = asyncio.Event()
     app.router.add_get("/", get_index)
-    app.router.add_get("/docs", get_static)
-    app.router.add_get("/openapi.json", get_static)
+    app.router.add_get("/docs", get_page)
+    app.router.add_get("/openapi.json", get_page)
     app.router.add_get("/faces", get_faces, allow_head=False)
     app.router.add_post("/image", post_image)
     app.router.add_put("/image", post_image)  # what curl -T sends
     app.router.add_get("/image/{id}", get_image)
-    app.router.add_get("/image/{id}/meta", get_meta)
+    app.router.add_get("/image/{id}/meta", get_image)
     app.router.add_get("/health", get_health)
-    app.on_response_prepare.append(add_headers)
     app.on_shutdown.append(drain)
     return app
 
@@ -837,8 +814,8 @@ class Connection(web.RequestHandler):
     __slots__ = ()
 
     def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
+        self, request: Any, status: int = 500, exc: Any = None, message: str | None = None
+    ) -> web.Response:
         response = problem_response(Problem(status, message or HTTPStatus(status).description))
         response.force_close()
         return response
@@ -846,25 +823,23 @@ class Connection(web.RequestHandler):
 
 async def serve(app: web.Application) -> None:
     """Serve until SIGINT or SIGTERM, then finish what was accepted."""
-    config, stop, loop = app[CONFIG], asyncio.Event(), asyncio.get_running_loop()
+    config, loop = app[CONFIG], asyncio.get_running_loop()
     runner = web.AppRunner(app, shutdown_timeout=GOODBYE_TIMEOUT)
     await runner.setup()
     manager = runner.server
     assert manager is not None
-    connect = functools.partial(
-        Connection,
-        manager,
-        loop=loop,
-        keepalive_timeout=config.upload_timeout,
-        auto_decompress=False,  # it would go on after the limit, on the event loop: see read_photo()
+    server = await loop.create_server(  # aiohttp would inflate a body beyond the limit, on the event loop
+        lambda: Connection(manager, loop=loop, keepalive_timeout=config.upload_timeout, auto_decompress=False),
+        config.host,
+        config.port,
+        backlog=1024,
     )
-    server = await loop.create_server(connect, config.host, config.port, backlog=1024)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(app[STOPPING].set))
     host, port = server.sockets[0].getsockname()[:2]
     host = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     print(commands(f"http://{host}:{port}"), flush=True)
-    await stop.wait()
+    await app[STOPPING].wait()
     await drain(app)  # before cleanup(), after which nothing more is read, not even the goodbyes
     await runner.cleanup()
     server.close()
@@ -894,19 +869,14 @@ def parse_config(arguments: list[str], kind: type[Config] = Config) -> Config:
     return kind(**vars(options))
 
 
-def allow_open_files(number: int) -> None:
-    """Have the system let this process open so many files, since each connection is one: it often allows 1,024."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit; others may not move it
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, number), hard))
-
-
 def main(create: Callable[[Any], web.Application] = create_app, kind: type[Config] = Config) -> None:
     """Run the server that `create` makes of the options."""
     config = parse_config(sys.argv[1:], kind)
-    allow_open_files(config.max_clients + 1000)
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit; others may not move it
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # each connection is a file; often, 1,024 are allowed
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, config.max_clients + 1000), hard))
     if not hasattr(cv2, "CascadeClassifier"):
         sys.exit(f"OpenCV {cv2.__version__} has no CascadeClassifier: pip install 'opencv-python-headless>=4.12,<5'")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
