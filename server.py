@@ -629,6 +629,7 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
 async def process(app: web.Application, id: str, filename: str | None, photo: bytes, promised: bool) -> Image | Problem:
     """Annotate a photo in a thread of the pool, keep what becomes of it, and tell the watchers."""
     start, loop, config = time.monotonic(), asyncio.get_running_loop(), app[CONFIG]
+    cv2.setNumThreads(-1 if len(app[JOBS]) == 1 else 1)  # a photo alone has all cores; where many are, each has one
     try:
         annotated = await loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], config.max_megapixels)
         image = Image(id, filename, round((time.monotonic() - start) * 1000), annotated)
@@ -872,6 +873,7 @@ def parse_config(arguments: list[str], kind: type[Config] = Config) -> Config:
 def main(create: Callable[[Any], web.Application] = create_app, kind: type[Config] = Config) -> None:
     """Run the server that `create` makes of the options."""
     config = parse_config(sys.argv[1:], kind)
+    bytes(8 * MIB)  # freed at once; glibc then keeps a photo's memory for the next (mallopt(3), M_MMAP_THRESHOLD)
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit; others may not move it
         import resource
 

@@ -3,14 +3,15 @@
     python bench/fanout.py [--watchers 100 1000 5000] [--rounds 30]
 
 Connects that many watchers to a server, posts a photo of one pixel, in which there is nothing to find, and takes the
-time until the last watcher has its URL. The same with the broadcast() of the websockets library, where a message of
-the same length comes in place of the post; the two take turns. Each number is the median of the rounds. Needs
+time until the last watcher has its URL. Beside it, the same server sends its URLs by the broadcast() of the websockets
+library, to as many connections of that library. The two take turns. Each number is the median of the rounds. Needs
 `pip install websockets tqdm` beside the server's own requirements.
 """
 
 import argparse
 import asyncio
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -20,9 +21,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import websockets
+from aiohttp import web
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import server  # noqa: E402
+
 ONE_PIXEL = cv2.imencode(".png", np.zeros((1, 1), np.uint8))[1].tobytes()
 POST = b"POST /image HTTP/1.1\r\nHost: bench\r\nContent-Length: %d\r\n\r\n%b" % (len(ONE_PIXEL), ONE_PIXEL)
 HANDSHAKE = (
@@ -31,7 +36,6 @@ HANDSHAKE = (
 )
 URL = f"http://bench/image/{'0' * 36}"
 TEXT = b"\x81" + bytes([len(URL)]) + URL.encode()
-MASKED_TEXT = b"\x81" + bytes([0x80 | len(URL)]) + bytes(4) + URL.encode()  # what a client sends
 PING, PONG = b"\x89\x00", b"\x8a\x80" + bytes(4)
 
 
@@ -72,31 +76,39 @@ class Watcher(asyncio.Protocol):
             raise ValueError(f"Unexpected: {data!r}")
 
 
-async def broadcast_server() -> None:
-    """A server of the websockets library, on a free port: what one client says, all get."""
+async def serve_by_broadcast() -> None:
+    """The server, with the websockets library for its watchers, who have a port of their own."""
     clients: set[websockets.ServerConnection] = set()
 
     async def handler(client: websockets.ServerConnection) -> None:
         clients.add(client)
         try:
-            async for message in client:
-                websockets.broadcast(clients, message)
+            await client.wait_closed()
         finally:
             clients.remove(client)
 
+    async def announce(app: web.Application, image: server.Image) -> None:
+        websockets.broadcast(clients, image.meta("http://bench")["url"])
+
+    server.announce = announce
     async with websockets.serve(handler, "127.0.0.1", 0, compression=None, ping_interval=None) as serving:
         port = next(iter(serving.sockets)).getsockname()[1]
-        print(f"check http://127.0.0.1:{port}/", flush=True)
-        await serving.wait_closed()
+        print(f"watch ws://127.0.0.1:{port}/faces", flush=True)
+        await server.serve(server.create_app(server.Config(port=0)))
 
 
-def start(*command: str) -> tuple[subprocess.Popen[str], int]:
-    """A server process and its port."""
+def start(*command: str) -> tuple[subprocess.Popen[str], int, int]:
+    """A server process, its port for watchers and its port for posts: the first and the last that it names."""
     process = subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
     )
     assert process.stdout is not None
-    return process, int(next(line for line in process.stdout if "check" in line).rpartition(":")[2].partition("/")[0])
+    ports = []
+    for line in process.stdout:
+        ports += re.findall(r"\d:(\d+)/", line)
+        if "check" in line:
+            break
+    return process, int(ports[0]), int(ports[-1])
 
 
 def resident(process: subprocess.Popen[str]) -> int:
@@ -114,42 +126,46 @@ async def connect(port: int, count: int, name: str) -> Watchers:
     return watchers
 
 
-async def measure(watchers: Watchers, trigger: asyncio.StreamWriter, what: bytes) -> float:
-    """Seconds from the trigger until all watchers have its message."""
-    watchers.expect(len(watchers.transports))
-    begin = time.perf_counter()
-    trigger.write(what)
-    await asyncio.wait_for(watchers.all_there.wait(), 10)
-    return time.perf_counter() - begin
+class Poster:
+    """A connection for posts."""
+
+    async def connect(self, port: int) -> None:
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", port)
+
+    async def measure(self, watchers: Watchers) -> float:
+        """Seconds from a post until all watchers have its URL."""
+        watchers.expect(len(watchers.transports))
+        begin = time.perf_counter()
+        self.writer.write(POST)
+        await asyncio.wait_for(watchers.all_there.wait(), 10)
+        seconds = time.perf_counter() - begin
+        await asyncio.wait_for(self.reader.readuntil(b"\n}\n"), 10)
+        return seconds
 
 
 async def compare(count: int, rounds: int) -> str:
     """A row of the table."""
-    ours, port = start("server.py", "--port", "0", "--max-clients", str(count))
-    theirs, their_port = start(__file__, "--serve")
+    servers = [start("server.py", "--port", "0", "--max-clients", str(count)), start(__file__, "--serve")]
     try:
-        before = resident(ours)
-        watchers = await connect(port, count, "ours")
-        each = (resident(ours) - before) / count
-        their_watchers = await connect(their_port, count, "websockets")
-        reader, poster = await asyncio.open_connection("127.0.0.1", port)
-        their_reader, speaker = await asyncio.open_connection("127.0.0.1", their_port)
-        speaker.write(HANDSHAKE)
-        await asyncio.wait_for(their_reader.readuntil(b"\r\n\r\n"), 10)
-        times: dict[str, list[float]] = {"ours": [], "theirs": []}
+        times: list[list[float]] = []
+        pairs = []
+        for (process, watch, post), name in zip(servers, ("ours", "websockets"), strict=True):
+            before = resident(process)
+            watchers, poster = await connect(watch, count, name), Poster()
+            each = (resident(process) - before) / count / 1024
+            await poster.connect(post)
+            pairs.append((poster, watchers, each))
         for _ in range(rounds + 3):
-            times["ours"].append(await measure(watchers, poster, POST))
-            await asyncio.wait_for(reader.readuntil(b"\n}\n"), 10)
-            times["theirs"].append(await measure(their_watchers, speaker, MASKED_TEXT))
-            await asyncio.wait_for(their_reader.readexactly(len(TEXT)), 10)
-        a, b = (statistics.median(each[3:]) * 1000 for each in times.values())
-        for transport in (*watchers.transports, *their_watchers.transports):
-            transport.abort()
-        poster.close()
-        speaker.close()
-        return f"| {count} | {a:.1f} ms | {b:.1f} ms | {a / b:.2f} | {each / 1024:.0f} KiB |"
+            times.append([await poster.measure(watchers) for poster, watchers, _ in pairs])
+        ours, theirs = (statistics.median(each) * 1000 for each in zip(*times[3:], strict=True))
+        memory = " | ".join(f"{each:.0f} KiB" for _, _, each in pairs)
+        for poster, watchers, _ in pairs:
+            poster.writer.close()
+            for transport in watchers.transports:
+                transport.abort()
+        return f"| {count} | {ours:.1f} ms | {theirs:.1f} ms | {ours / theirs:.2f} | {memory} |"
     finally:
-        for process in (ours, theirs):
+        for process, _, _ in servers:
             process.kill()
             process.communicate()
 
@@ -158,12 +174,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--watchers", type=int, nargs="+", default=[100, 1000, 5000])
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--serve", action="store_true", help="be the server of the websockets library")
+    parser.add_argument("--serve", action="store_true", help="be the server with the websockets library")
     options = parser.parse_args()
     if options.serve:
-        asyncio.run(broadcast_server())
+        asyncio.run(serve_by_broadcast())
         return
-    print("| watchers | post to last URL | websockets' broadcast() | ratio | memory each |\n" + "| --- " * 5 + "|")
+    print(
+        "| watchers | post to last URL | by websockets | ratio | memory each | by websockets |\n" + "| --- " * 6 + "|"
+    )
     for count in options.watchers:
         print(asyncio.run(compare(count, options.rounds)), flush=True)
 
