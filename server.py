@@ -639,10 +639,8 @@ async def process(app: web.Application, id: str, filename: str | None, photo: by
         counts = len(faces), image.took_ms, len(app[WATCHERS])
         log.info("%r: %d x %d px, %d faces, %d ms, %d watchers", filename, width, height, *counts)
         return image
-    except UnsupportedPhoto as error:
-        problem = Problem(415, str(error))
-    except BadPhoto as error:
-        problem = Problem(422, str(error))
+    except (UnsupportedPhoto, BadPhoto) as error:
+        problem = Problem(415 if isinstance(error, UnsupportedPhoto) else 422, str(error))
     except Problem as error:
         problem = error
     except asyncio.CancelledError:
@@ -684,19 +682,19 @@ async def get_health(request: web.Request) -> web.Response:
 # --- What the handlers share ---
 
 
-def json_response(
-    data: Any, status: int = 200, headers: dict[str, str] | None = None, content_type: str = "application/json"
-) -> web.Response:
+def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """JSON, laid out for people with curl."""
     text = json.dumps(data, indent=2) + "\n"
-    return web.Response(text=text, status=status, headers=headers, content_type=content_type)
+    return web.Response(text=text, status=status, headers=headers, content_type="application/json")
 
 
 def problem_response(problem: Problem) -> web.Response:
     """An error as application/problem+json (RFC 9457)."""
     document = {"title": HTTPStatus(problem.status).phrase, "status": problem.status, "detail": problem.detail}
-    headers = problem.headers | ({"Retry-After": "1"} if problem.status == 503 else {})  # s
-    return json_response(document, problem.status, headers, "application/problem+json")
+    retry = {"Retry-After": "1"} if problem.status == 503 else {}  # s
+    response = json_response(document, problem.status, problem.headers | retry)
+    response.content_type = "application/problem+json"
+    return response
 
 
 def refuse_if_stopping(app: web.Application) -> None:
