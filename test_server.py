@@ -458,6 +458,31 @@ async def test_others_are_answered_while_faces_are_searched(default: Server, cli
         assert time.monotonic() - start < 1
 
 
+async def test_a_photo_alone_has_all_cores_and_each_of_several_has_one(aiohttp_client: Any) -> None:
+    cores: list[int] = []
+    go_on = threading.Event()
+
+    def detect(image: server.Pixels) -> list[server.Face]:
+        assert go_on.wait(TIMEOUT)
+        cores.append(cv2.getNumThreads())
+        return []
+
+    app = server.create_app(server.Config())
+    app[server.DETECTOR] = detect
+    client = await aiohttp_client(app)
+    async with asyncio.timeout(TIMEOUT), asyncio.TaskGroup() as group:
+        go_on.set()
+        await posted(client, "")
+        go_on.clear()
+        for _ in range(2):
+            group.create_task(posted(client, ""))
+        while (await health(client, ""))["queued"] < 2:
+            pass
+        go_on.set()
+    cv2.setNumThreads(-1)  # back to the default
+    assert cores == [cv2.getNumThreads(), 1, 1]
+
+
 async def posted(client: aiohttp.ClientSession, url: str, photo: bytes = ASTRONAUT, **headers: str) -> int:
     """The status of a post."""
     async with client.post(f"{url}/image", data=io.BytesIO(photo), headers=headers) as answer:
