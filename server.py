@@ -481,23 +481,18 @@ def commands(base: str) -> str:
 """
 
 
-async def get_index(request: web.Request) -> web.Response:
-    """GET /: what this is, and how to use it; for a browser, a page to post from and watch on."""
-    if "text/html" in request.headers.get("Accept", "") and (STATIC / "index.html").exists():
-        return await get_page(request)
-    what = "Post a photo, and every watcher gets the URL of the same photo with a box around each face.\n"
-    return web.Response(text=f"{what}{commands(base_url(request))}\nStart your own: python server.py\n")
-
-
 async def get_page(request: web.Request) -> web.Response:
-    """GET /docs and /openapi.json: a file of static/. The pages there run their own scripts alone, by a nonce."""
-    name = PAGES[request.path]
-    if not (STATIC / name).exists():
-        raise Problem(404, f"This server runs without its folder static/, which has {name}.")
+    """GET /, /docs and /openapi.json: a file of static/, whose scripts run by a nonce; for curl, / is text."""
+    page = STATIC / PAGES[request.path]
+    if request.path == "/" and not ("text/html" in request.headers.get("Accept", "") and page.exists()):
+        what = "Post a photo, and every watcher gets the URL of the same photo with a box around each face.\n"
+        return web.Response(text=f"{what}{commands(base_url(request))}\nStart your own: python server.py\n")
+    if not page.exists():
+        raise Problem(404, f"This server runs without its folder static/, which has {page.name}.")
     nonce = secrets.token_urlsafe()
     headers = {"Content-Security-Policy": PAGE_POLICY.replace("NONCE", nonce)}
-    text = (STATIC / name).read_text("utf-8").replace("NONCE", nonce)
-    return web.Response(text=text, headers=headers, content_type=mimetypes.guess_type(name)[0])
+    text = page.read_text("utf-8").replace("NONCE", nonce)
+    return web.Response(text=text, headers=headers, content_type=mimetypes.guess_type(page)[0])
 
 
 async def get_faces(request: web.Request) -> web.WebSocketResponse:
@@ -782,9 +777,8 @@ def create_app(config: Config) -> web.Application:
     app[JOBS] = {}
     app[WATCHERS] = set()
     app[STOPPING] = asyncio.Event()
-    app.router.add_get("/", get_index)
-    app.router.add_get("/docs", get_page)
-    app.router.add_get("/openapi.json", get_page)
+    for path in PAGES:
+        app.router.add_get(path, get_page)
     app.router.add_get("/faces", get_faces, allow_head=False)
     app.router.add_post("/image", post_image)
     app.router.add_put("/image", post_image)  # what curl -T sends
