@@ -385,18 +385,24 @@ class Problem(Exception):
     """An answer that is an error: its HTTP status, what is wrong, and headers."""
 
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(status, detail, headers)
+        super().__init__(status, detail)
         self.status, self.detail, self.headers = status, detail, headers or {}
+
+    def response(self) -> web.Response:
+        """The answer, as application/problem+json (RFC 9457)."""
+        document = {"title": HTTPStatus(self.status).phrase, "status": self.status, "detail": self.detail}
+        retry = {"Retry-After": "1"} if self.status == 503 else {}  # s
+        return json_response(document, self.status, self.headers | retry, "application/problem+json")
 
 
 class Store:
     """What became of each photo, by id: its Image or its Problem.
 
-    At most `max_images` and `max_bytes` are kept: the least recently used go first, the newest stays in any case.
+    The least recently used go first where they are too many (--keep, --keep-mb); the newest stays in any case.
     """
 
-    def __init__(self, max_images: int, max_bytes: int) -> None:
-        self.max_images, self.max_bytes, self.bytes = max_images, max_bytes, 0
+    def __init__(self, config: Config) -> None:
+        self.config, self.bytes = config, 0
         self.kept: OrderedDict[str, Image | Problem] = OrderedDict()
         self.promised: dict[str, asyncio.Future[Image | Problem]] = {}
 
@@ -408,15 +414,19 @@ class Store:
         """Keep an outcome, and hand it to those who wait for it."""
         self.kept[id] = outcome
         self.bytes += self.size(outcome)
-        while len(self.kept) > 1 and (len(self.kept) > self.max_images or self.bytes > self.max_bytes):
+        most, most_bytes = self.config.keep, self.config.keep_mb * MIB
+        while len(self.kept) > 1 and (len(self.kept) > most or self.bytes > most_bytes):
             self.bytes -= self.size(self.kept.popitem(last=False)[1])
         if id in self.promised:
             self.promised.pop(id).set_result(outcome)
 
     async def get(self, id: str) -> Image | Problem:
-        """Return an outcome, as soon as there is one; that counts as use. Raises KeyError."""
+        """Return an outcome, as soon as there is one; that counts as use. Raises Problem where there will be none."""
         if id in self.promised:
             return await asyncio.shield(self.promised[id])  # who goes away must not cancel it for the others
+        if id not in self.kept:
+            kept = f"the last {self.config.keep} are kept, up to {self.config.keep_mb} MiB (--keep, --keep-mb)"
+            raise Problem(404, f"There is no such image; {kept}.")
         self.kept.move_to_end(id)
         return self.kept[id]
 
@@ -551,7 +561,7 @@ async def post_image(request: web.Request) -> web.Response:
         return json_response({"id": id, "url": url}, 202, {"Location": url, "Preference-Applied": "respond-async"})
     outcome = await asyncio.shield(job)  # for who goes away meanwhile, too
     if isinstance(outcome, Problem):
-        raise outcome
+        return outcome.response()
     return json_response(outcome.meta(base_url(request)), 201, {"Location": url})
 
 
@@ -651,14 +661,9 @@ async def process(app: web.Application, id: str, filename: str | None, photo: by
 
 async def get_image(request: web.Request) -> web.Response:
     """GET /image/{id}: the annotated JPEG, and /image/{id}/meta: the JSON of the POST; one under way is waited for."""
-    config = request.app[CONFIG]
-    try:
-        outcome = await request.app[STORE].get(request.match_info["id"])
-    except KeyError:
-        kept = f"the last {config.keep} are kept, up to {config.keep_mb} MiB (--keep, --keep-mb)"
-        raise Problem(404, f"There is no such image; {kept}.") from None
+    outcome = await request.app[STORE].get(request.match_info["id"])
     if isinstance(outcome, Problem):
-        raise Problem(outcome.status, outcome.detail)  # a copy: raised again, it would hold on to each request
+        return outcome.response()
     if request.path.endswith("/meta"):
         return json_response(outcome.meta(base_url(request)))
     headers = {"Cache-Control": "private, max-age=31536000, immutable"}
@@ -677,19 +682,12 @@ async def get_health(request: web.Request) -> web.Response:
 # --- What the handlers share ---
 
 
-def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+def json_response(
+    data: Any, status: int = 200, headers: dict[str, str] | None = None, content_type: str = "application/json"
+) -> web.Response:
     """JSON, laid out for people with curl."""
     text = json.dumps(data, indent=2) + "\n"
-    return web.Response(text=text, status=status, headers=headers, content_type="application/json")
-
-
-def problem_response(problem: Problem) -> web.Response:
-    """An error as application/problem+json (RFC 9457)."""
-    document = {"title": HTTPStatus(problem.status).phrase, "status": problem.status, "detail": problem.detail}
-    retry = {"Retry-After": "1"} if problem.status == 503 else {}  # s
-    response = json_response(document, problem.status, problem.headers | retry)
-    response.content_type = "application/problem+json"
-    return response
+    return web.Response(text=text, status=status, headers=headers, content_type=content_type)
 
 
 def refuse_if_stopping(app: web.Application) -> None:
@@ -719,15 +717,15 @@ async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
             return web.Response(status=204, headers=headers)
         response = await handler(request)
     except Problem as problem:
-        response = problem_response(problem)
+        response = problem.response()
     except web.HTTPException as error:
         allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        response = problem_response(Problem(error.status, HTTPStatus(error.status).description, allow))
+        response = Problem(error.status, HTTPStatus(error.status).description, allow).response()
     except ConnectionError:
         raise  # the client is gone
     except Exception:
         log.exception("%s %r failed", request.method, request.path)
-        response = problem_response(Problem(500, "The server failed on this request; its log says why."))
+        response = Problem(500, "The server failed on this request; its log says why.").response()
     response.headers.update(headers)
     return response
 
@@ -772,7 +770,7 @@ def create_app(config: Config) -> web.Application:
     app[CONFIG] = config
     app[DETECTOR] = load_detector(config.model, config.min_score)
     app[POOL] = ThreadPoolExecutor(usable_cpus(), thread_name_prefix="annotate")
-    app[STORE] = Store(config.keep, config.keep_mb * MIB)
+    app[STORE] = Store(config)
     app[UPLOADS] = {}
     app[JOBS] = {}
     app[WATCHERS] = set()
@@ -804,12 +802,9 @@ async def drain(app: web.Application) -> None:
 class Connection(web.RequestHandler):
     """aiohttp's connection, with what its parser refuses answered as a problem: that comes before any middleware."""
 
-    __slots__ = ()
-
-    def handle_error(
-        self, request: Any, status: int = 500, exc: Any = None, message: str | None = None
-    ) -> web.Response:
-        response = problem_response(Problem(status, message or HTTPStatus(status).description))
+    def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> web.Response:
+        """The answer to what is not HTTP."""
+        response = Problem(status, message or HTTPStatus(status).description).response()
         response.force_close()
         return response
 
