@@ -609,26 +609,20 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
     By regular expressions: the email package takes seconds for some headers (python/cpython#136063), and aiohttp's
     reader takes six times as long for most photos, and lets a preamble have any length.
     """
-    malformed = Problem(400, f"The form is malformed (RFC 7578), or has over {MAX_PARTS} parts.")
-    boundary, file = BOUNDARY.search(content_type), None
-    if not boundary:
-        raise malformed
-    delimiter = b"\r\n--" + boundary[1].strip('"').encode(errors="replace")
-    for text in (b"\r\n" + form).split(delimiter, MAX_PARTS)[1:]:
-        if text.startswith(b"--"):
-            if file:
-                return file
-            raise Problem(400, "There is no file in the form. Try: curl -F image=@photo.jpg")
-        part = PART.fullmatch(text)
-        if not part:
-            break
+    boundary = BOUNDARY.search(content_type)
+    delimiter = b"\r\n--" + (boundary[1].strip('"').encode(errors="replace") if boundary else b"")
+    *texts, end = (b"\r\n" + form).split(delimiter, MAX_PARTS)
+    parts = [PART.fullmatch(text) for text in texts[1:]]  # the first one is a preamble
+    if not end.startswith(b"--") or None in parts:
+        raise Problem(400, f"The form is malformed (RFC 7578), or has over {MAX_PARTS} parts.")
+    for part in filter(None, parts):
         headers, content = part[1].decode(errors="replace"), part[2]
         filename = FILENAME.search(headers)
-        if not file and filename and (filename[1] or content):  # a browser sends neither where none was chosen
+        if filename and (filename[1] or content):  # a browser sends neither where none was chosen
             if ENCODED.search(headers):
                 raise Problem(400, "The file in the form has a Content-Transfer-Encoding; send it as it is.")
-            file = filename[1][:MAX_NAME], content
-    raise malformed
+            return filename[1][:MAX_NAME], content
+    raise Problem(400, "There is no file in the form. Try: curl -F image=@photo.jpg")
 
 
 async def process(app: web.Application, id: str, filename: str | None, photo: bytes, promised: bool) -> Image | Problem:
