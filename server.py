@@ -463,13 +463,11 @@ STOPPING = web.AppKey("STOPPING", asyncio.Event)
 
 async def announce(app: web.Application, image: Image) -> None:
     """Send the image's URL to every watcher. It is written to their buffers, so that none is waited for."""
-    watchers = app[WATCHERS]
     texts: dict[tuple[str, bool], str] = {}  # most watchers get the same one
-    for watcher in tuple(watchers):
+    for watcher in [*app[WATCHERS]]:
         if watcher.transport.get_write_buffer_size() > MAX_UNREAD:
             log.info("A watcher that does not read is cut off")
-            watchers.discard(watcher)
-            watcher.transport.abort()  # close() would wait until all is read
+            watcher.transport.abort()  # which ends its handler; close() would wait until all is read
             continue
         key = watcher.base, watcher.as_json
         if key not in texts:
