@@ -696,18 +696,14 @@ def base_url(request: web.Request) -> str:
 @web.middleware
 async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer each error as a problem, aiohttp's 404 and 405 as well, and tell browsers what they may do with it."""
-    headers = {"X-Content-Type-Options": "nosniff"}
-    if request.app[CONFIG].allow_origin:
-        headers["Vary"] = "Origin"
+    headers = {"X-Content-Type-Options": "nosniff", "Vary": "Origin"}
     try:
         if origin := foreign_origin(request):
             headers["Access-Control-Allow-Origin"] = origin
-            headers["Access-Control-Expose-Headers"] = "Location, Preference-Applied, Retry-After"
-        if origin and request.method == "OPTIONS":
             headers["Access-Control-Allow-Methods"] = "GET, HEAD, POST, PUT"
             headers["Access-Control-Allow-Headers"] = "Content-Type, Prefer"
-            return web.Response(status=204, headers=headers)
-        response = await handler(request)
+            headers["Access-Control-Expose-Headers"] = "Location, Preference-Applied, Retry-After"
+        response = web.Response(status=204) if origin and request.method == "OPTIONS" else await handler(request)
     except Problem as problem:
         response = problem.response()
     except web.HTTPException as error:
@@ -727,11 +723,10 @@ def foreign_origin(request: web.Request) -> str | None:
 
     Raises Problem where it is not allowed, and where the Host is none.
     """
-    hosts = request.headers.getall("Host", [])
-    if len(hosts) != 1 or not HOST.fullmatch(hosts[0]):
+    host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
+    if not HOST.fullmatch(host):
         raise Problem(400, "The request needs one Host header, with a name or an address and maybe a port.")
-    origin = request.headers.get("Origin")
-    if origin is None or site(origin) in (site(f"http://{hosts[0]}"), site(base_url(request))):
+    if origin is None or site(origin) in (site(f"http://{host}"), site(base_url(request))):
         return None
     if {"*", origin}.isdisjoint(request.app[CONFIG].allow_origin):
         raise Problem(403, f"A page of {origin} may not use this server (--allow-origin).")
