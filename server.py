@@ -544,12 +544,11 @@ async def post_image(request: web.Request) -> web.Response:
     app, config = request.app, request.app[CONFIG]
     filename, photo = await read_photo(request)
     refuse_if_stopping(app)
-    if len(app[JOBS]) >= max_jobs(config):
+    if len(app[JOBS]) >= usable_cpus() * (1 + config.queue):
         raise Problem(503, f"Too many photos are waiting already, {config.queue} for each thread (--queue).")
     id = str(uuid.uuid4())
     url = f"{base_url(request)}/image/{id}"
-    preferences = ",".join(request.headers.getall("Prefer", [])).lower().split(",")  # RFC 7240
-    respond_async = "respond-async" in (each.partition(";")[0].strip() for each in preferences)
+    respond_async = "respond-async" in ",".join(request.headers.getall("Prefer", [])).lower()  # RFC 7240
     if respond_async:
         await app[STORE].promise(id)
     job = asyncio.create_task(process(app, id, filename, photo, respond_async))
@@ -568,7 +567,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     config, uploads, jobs = request.app[CONFIG], request.app[UPLOADS], request.app[JOBS]
     upload, body = object(), bytearray()
     limit, too_large = config.max_mb * MIB, Problem(413, f"The body is over {config.max_mb} MiB (--max-mb).")
-    room = max_jobs(config) * limit  # for all uploads and photos under way
+    room = limit * usable_cpus() * (1 + config.queue)  # for all uploads and photos under way
     if (request.content_length or 0) > limit:
         raise too_large
     try:
@@ -744,11 +743,6 @@ def site(url: str) -> str:
 def usable_cpus() -> int:
     """The CPUs that this process may use, as far as the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def max_jobs(config: Config) -> int:
-    """The photos that may be under way: one for each thread, and those that wait for it."""
-    return usable_cpus() * (1 + config.queue)
 
 
 def create_app(config: Config) -> web.Application:
