@@ -770,14 +770,13 @@ def create_app(config: Config) -> web.Application:
 
 async def drain(app: web.Application) -> None:
     """Take no more photos, finish and announce those under way, and send the watchers away with 1001."""
-    jobs, watchers = app[JOBS], app[WATCHERS]
+    jobs = app[JOBS]
     app[STOPPING].set()
     if jobs:
         _, late = await asyncio.wait(jobs, timeout=DRAIN_TIMEOUT)
         for job in late:
             job.cancel()
-    await asyncio.gather(*(each.socket.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in watchers))
-    app[POOL].shutdown(wait=False)
+    await asyncio.gather(*(each.socket.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in app[WATCHERS]))
 
 
 class Connection(web.RequestHandler):
@@ -797,12 +796,10 @@ async def serve(app: web.Application) -> None:
     await runner.setup()
     manager = runner.server
     assert manager is not None
-    server = await loop.create_server(  # aiohttp would inflate a body beyond the limit, on the event loop
-        lambda: Connection(manager, loop=loop, keepalive_timeout=config.upload_timeout, auto_decompress=False),
-        config.host,
-        config.port,
-        backlog=1024,
+    connection = functools.partial(  # aiohttp would inflate a body beyond the limit, on the event loop
+        Connection, manager, loop=loop, keepalive_timeout=config.upload_timeout, auto_decompress=False
     )
+    server = await loop.create_server(connection, config.host, config.port, backlog=1024)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(app[STOPPING].set))
     host, port = server.sockets[0].getsockname()[:2]
