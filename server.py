@@ -520,7 +520,8 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
         raise Problem(426, f"This is a websocket. Connect with: {connect}", headers)
     if request.query.get("format", "json") != "json":
         raise Problem(400, "The format can only be json; without one you get the URL alone.")
-    refuse_if_stopping(app)
+    if app[STOPPING].is_set():
+        raise Problem(503, "The server is stopping.")
     if len(app[WATCHERS]) >= app[CONFIG].max_clients:
         raise Problem(503, f"There are {app[CONFIG].max_clients} watchers already (--max-clients).")
     await socket.prepare(request)
@@ -543,7 +544,6 @@ async def post_image(request: web.Request) -> web.Response:
     """POST /image: find the faces in the photo that is the body, or a file in its form."""
     app, config = request.app, request.app[CONFIG]
     filename, photo = await read_photo(request)
-    refuse_if_stopping(app)
     if len(app[JOBS]) >= usable_cpus() * (1 + config.queue):
         raise Problem(503, f"Too many photos are waiting already, {config.queue} for each thread (--queue).")
     id = str(uuid.uuid4())
@@ -564,34 +564,31 @@ async def post_image(request: web.Request) -> web.Response:
 
 async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     """The photo in the body or its form, and its name there. Raises Problem where it goes beyond the limits."""
-    config, uploads, jobs = request.app[CONFIG], request.app[UPLOADS], request.app[JOBS]
-    upload, body = object(), bytearray()
-    limit, too_large = config.max_mb * MIB, Problem(413, f"The body is over {config.max_mb} MiB (--max-mb).")
+    app, config = request.app, request.app[CONFIG]
+    uploads, upload, body = app[UPLOADS], object(), bytearray()
+    size, limit = request.content_length or 0, config.max_mb * MIB
     room = limit * usable_cpus() * (1 + config.queue)  # for all uploads and photos under way
-    if (request.content_length or 0) > limit:
-        raise too_large
     try:
         async with asyncio.timeout(config.upload_timeout):
-            async for chunk in request.content.iter_any():
-                body += chunk
-                uploads[upload] = len(body)
-                if len(body) > limit:
-                    raise too_large
-                if sum(uploads.values()) + sum(jobs.values()) > room:
+            while size <= limit and not request.content.at_eof():
+                body += await request.content.readany()
+                size = uploads[upload] = len(body)
+                if sum(uploads.values()) + sum(app[JOBS].values()) > room:
                     raise Problem(503, "The uploads under way are too many for the memory (--queue, --max-mb).")
-                refuse_if_stopping(request.app)
+                if app[STOPPING].is_set():
+                    raise Problem(503, "The server is stopping.")
         photo = bytes(body)
         if request.headers.get("Content-Encoding") in ("gzip", "deflate") and isinstance(request.protocol, Connection):
             inflate = zlib.decompressobj(47).decompress  # 47: either of the two
-            photo = await asyncio.get_running_loop().run_in_executor(request.app[POOL], inflate, photo, limit + 1)
-            if len(photo) > limit:
-                raise too_large
+            photo = await asyncio.get_running_loop().run_in_executor(app[POOL], inflate, photo, limit + 1)
     except TimeoutError:
         raise Problem(408, f"The upload took over {config.upload_timeout} s (--upload-timeout).") from None
     except (web.RequestPayloadError, zlib.error) as error:
         raise Problem(400, f"The body is malformed: {error}") from None
     finally:
         uploads.pop(upload, None)
+    if max(size, len(photo)) > limit:
+        raise Problem(413, f"The body is over {config.max_mb} MiB (--max-mb).")
     filename, content_type = None, request.headers.get("Content-Type", "")
     if content_type.lower().startswith("multipart/"):
         filename, photo = file_in_form(content_type, photo)
@@ -679,12 +676,6 @@ def json_response(
     """JSON, laid out for people with curl."""
     text = json.dumps(data, indent=2) + "\n"
     return web.Response(text=text, status=status, headers=headers, content_type=content_type)
-
-
-def refuse_if_stopping(app: web.Application) -> None:
-    """Raise Problem once the server is told to stop."""
-    if app[STOPPING].is_set():
-        raise Problem(503, "The server is stopping.")
 
 
 def base_url(request: web.Request) -> str:
