@@ -629,8 +629,8 @@ async def process(app: web.Application, id: str, filename: str | None, photo: by
         await app[STORE].put(id, image)
         await announce(app, image)
         _, width, height, faces = annotated
-        counts = len(faces), image.took_ms, len(app[WATCHERS])
-        log.info("%r: %d x %d px, %d faces, %d ms, %d watchers", filename, width, height, *counts)
+        counts = f"{len(faces)} faces, {image.took_ms} ms, {len(app[WATCHERS])} watchers"
+        log.info("%r: %d x %d px, %s", filename, width, height, counts)
         return image
     except (UnsupportedPhoto, BadPhoto) as error:
         problem = Problem(415 if isinstance(error, UnsupportedPhoto) else 422, str(error))
@@ -661,9 +661,8 @@ async def get_image(request: web.Request) -> web.Response:
 async def get_health(request: web.Request) -> web.Response:
     """GET /health: 200 as long as photos are taken."""
     app = request.app
-    health = {"status": "ok", "clients": len(app[WATCHERS]), "queued": len(app[JOBS])} | await app[STORE].health()
-    if app[STOPPING].is_set():
-        health["status"] = "stopping"
+    status = "stopping" if app[STOPPING].is_set() else "ok"
+    health = {"status": status, "clients": len(app[WATCHERS]), "queued": len(app[JOBS])} | await app[STORE].health()
     return json_response(health, 200 if health["status"] == "ok" else 503)
 
 
