@@ -684,15 +684,25 @@ def base_url(request: web.Request) -> str:
 
 @web.middleware
 async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer each error as a problem, aiohttp's 404 and 405 as well, and tell browsers what they may do with it."""
+    """Answer each error as a problem, aiohttp's 404 and 405 as well, and tell browsers what they may do with it.
+
+    A page of another site has to be let in: any site could use a server on its reader's machine.
+    """
     headers = {"X-Content-Type-Options": "nosniff", "Vary": "Origin"}
+    host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
     try:
-        if origin := foreign_origin(request):
+        if not HOST.fullmatch(host):
+            raise Problem(400, "The request needs one Host header, with a name or an address and maybe a port.")
+        if origin is not None and site(origin) not in (site(f"http://{host}"), site(base_url(request))):
+            if {"*", origin}.isdisjoint(request.app[CONFIG].allow_origin):
+                raise Problem(403, f"A page of {origin} may not use this server (--allow-origin).")
             headers["Access-Control-Allow-Origin"] = origin
             headers["Access-Control-Allow-Methods"] = "GET, HEAD, POST, PUT"
             headers["Access-Control-Allow-Headers"] = "Content-Type, Prefer"
             headers["Access-Control-Expose-Headers"] = "Location, Preference-Applied, Retry-After"
-        response = web.Response(status=204) if origin and request.method == "OPTIONS" else await handler(request)
+            if request.method == "OPTIONS":
+                return web.Response(status=204, headers=headers)
+        response = await handler(request)
     except Problem as problem:
         response = problem.response()
     except web.HTTPException as error:
@@ -705,21 +715,6 @@ async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = Problem(500, "The server failed on this request; its log says why.").response()
     response.headers.update(headers)
     return response
-
-
-def foreign_origin(request: web.Request) -> str | None:
-    """The other site whose page sent this, where that is allowed: any site could use a server on its reader's machine.
-
-    Raises Problem where it is not allowed, and where the Host is none.
-    """
-    host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
-    if not HOST.fullmatch(host):
-        raise Problem(400, "The request needs one Host header, with a name or an address and maybe a port.")
-    if origin is None or site(origin) in (site(f"http://{host}"), site(base_url(request))):
-        return None
-    if {"*", origin}.isdisjoint(request.app[CONFIG].allow_origin):
-        raise Problem(403, f"A page of {origin} may not use this server (--allow-origin).")
-    return origin
 
 
 def site(url: str) -> str:
