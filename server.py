@@ -442,39 +442,30 @@ class Store:
 # --- The watchers ---
 
 
-class Watcher(NamedTuple):
-    """A client on the websocket /faces, which knows this server by the URL `base`."""
-
-    socket: web.WebSocketResponse
-    transport: asyncio.WriteTransport
-    base: str
-    as_json: bool
-
-
 CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 POOL = web.AppKey("POOL", ThreadPoolExecutor)
 STORE = web.AppKey("STORE", Store)
 UPLOADS: web.AppKey[dict[object, int]] = web.AppKey("UPLOADS")  # the bytes that have come of each
 JOBS: web.AppKey[dict["asyncio.Task[Image | Problem]", int]] = web.AppKey("JOBS")  # the bytes of each photo under way
-WATCHERS: web.AppKey[set[Watcher]] = web.AppKey("WATCHERS")
 STOPPING = web.AppKey("STOPPING", asyncio.Event)
+# of each websocket: its transport, the URL by which its client knows this server, and whether it wants JSON
+WATCHERS: web.AppKey[dict[web.WebSocketResponse, tuple[asyncio.WriteTransport, str, bool]]] = web.AppKey("WATCHERS")
 
 
 async def announce(app: web.Application, image: Image) -> None:
     """Send the image's URL to every watcher. It is written to their buffers, so that none is waited for."""
     texts: dict[tuple[str, bool], str] = {}  # most watchers get the same one
-    for watcher in [*app[WATCHERS]]:
-        if watcher.transport.get_write_buffer_size() > MAX_UNREAD:
+    for socket, (transport, base, as_json) in [*app[WATCHERS].items()]:
+        if transport.get_write_buffer_size() > MAX_UNREAD:
             log.info("A watcher that does not read is cut off")
-            watcher.transport.abort()  # which ends its handler; close() would wait until all is read
+            transport.abort()  # which ends its handler; close() would wait until all is read
             continue
-        key = watcher.base, watcher.as_json
-        if key not in texts:
-            meta = image.meta(watcher.base)
-            texts[key] = json.dumps(meta) if watcher.as_json else meta["url"]
+        if (base, as_json) not in texts:
+            meta = image.meta(base)
+            texts[base, as_json] = json.dumps(meta) if as_json else meta["url"]
         with contextlib.suppress(ConnectionError):  # it is leaving, and its handler about to notice
-            await watcher.socket.send_str(texts[key])
+            await socket.send_str(texts[base, as_json])
 
 
 # --- The handlers, in the order in which a user meets them ---
@@ -525,18 +516,18 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
     if len(app[WATCHERS]) >= app[CONFIG].max_clients:
         raise Problem(503, f"There are {app[CONFIG].max_clients} watchers already (--max-clients).")
     await socket.prepare(request)
-    assert request.transport is not None
-    request.transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_SNDBUF, MAX_UNREAD)  # else it holds megabytes
-    watcher = Watcher(socket, request.transport, base_url(request), "format" in request.query)
-    app[WATCHERS].add(watcher)
+    transport = request.transport
+    assert transport is not None
+    transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_SNDBUF, MAX_UNREAD)  # else it holds megabytes
+    app[WATCHERS][socket] = transport, base_url(request), "format" in request.query
     try:
         async for message in socket:  # but for pings, it has nothing to say
-            if message.type is WSMsgType.PING and watcher.transport.get_write_buffer_size() <= MAX_UNREAD:
+            if message.type is WSMsgType.PING and transport.get_write_buffer_size() <= MAX_UNREAD:
                 await socket.pong(message.data)
     finally:
-        app[WATCHERS].discard(watcher)
+        del app[WATCHERS][socket]
         if socket.close_code == WSCloseCode.ABNORMAL_CLOSURE:
-            watcher.transport.abort()  # it does not answer: close() would wait until all is read
+            transport.abort()  # it does not answer: close() would wait until all is read
     return socket
 
 
@@ -739,7 +730,7 @@ def create_app(config: Config) -> web.Application:
     app[STORE] = Store(config)
     app[UPLOADS] = {}
     app[JOBS] = {}
-    app[WATCHERS] = set()
+    app[WATCHERS] = {}
     app[STOPPING] = asyncio.Event()
     for path in PAGES:
         app.router.add_get(path, get_page)
@@ -755,13 +746,12 @@ def create_app(config: Config) -> web.Application:
 
 async def drain(app: web.Application) -> None:
     """Take no more photos, finish and announce those under way, and send the watchers away with 1001."""
-    jobs = app[JOBS]
     app[STOPPING].set()
-    if jobs:
-        _, late = await asyncio.wait(jobs, timeout=DRAIN_TIMEOUT)
+    if app[JOBS]:
+        _, late = await asyncio.wait([*app[JOBS]], timeout=DRAIN_TIMEOUT)
         for job in late:
             job.cancel()
-    await asyncio.gather(*(each.socket.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in app[WATCHERS]))
+    await asyncio.gather(*(each.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in app[WATCHERS]))
 
 
 class Connection(web.RequestHandler):
