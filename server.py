@@ -364,8 +364,7 @@ def load_detector(model: str = Config.model, min_score: float = Config.min_score
 # --- The store ---
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(NamedTuple):
     """An annotated photo, and what is known of it; took_ms is from its last byte received to its JPEG."""
 
     id: str
