@@ -401,7 +401,7 @@ class Store:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config, self.bytes = config, 0
+        self.config, self.bytes, self.max_bytes = config, 0, config.keep_mb * MIB
         self.kept: OrderedDict[str, Image | Problem] = OrderedDict()
         self.promised: dict[str, asyncio.Future[Image | Problem]] = {}
 
@@ -413,8 +413,7 @@ class Store:
         """Keep an outcome, and hand it to those who wait for it."""
         self.kept[id] = outcome
         self.bytes += self.size(outcome)
-        most, most_bytes = self.config.keep, self.config.keep_mb * MIB
-        while len(self.kept) > 1 and (len(self.kept) > most or self.bytes > most_bytes):
+        while len(self.kept) > 1 and (len(self.kept) > self.config.keep or self.bytes > self.max_bytes):
             self.bytes -= self.size(self.kept.popitem(last=False)[1])
         if id in self.promised:
             self.promised.pop(id).set_result(outcome)
@@ -445,7 +444,7 @@ CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 POOL = web.AppKey("POOL", ThreadPoolExecutor)
 STORE = web.AppKey("STORE", Store)
-UPLOADS: web.AppKey[dict[object, int]] = web.AppKey("UPLOADS")  # the bytes that have come of each
+UPLOADS: web.AppKey[dict[int, int]] = web.AppKey("UPLOADS")  # the bytes that have come of each, by its id()
 JOBS: web.AppKey[dict["asyncio.Task[Image | Problem]", int]] = web.AppKey("JOBS")  # the bytes of each photo under way
 STOPPING = web.AppKey("STOPPING", asyncio.Event)
 # of each websocket: its transport, the URL by which its client knows this server, and whether it wants JSON
@@ -555,14 +554,14 @@ async def post_image(request: web.Request) -> web.Response:
 async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     """The photo in the body or its form, and its name there. Raises Problem where it goes beyond the limits."""
     app, config = request.app, request.app[CONFIG]
-    uploads, upload, body = app[UPLOADS], object(), bytearray()
+    uploads, body = app[UPLOADS], bytearray()
     size, limit = request.content_length or 0, config.max_mb * MIB
     room = limit * usable_cpus() * (1 + config.queue)  # for all uploads and photos under way
     try:
         async with asyncio.timeout(config.upload_timeout):
             while size <= limit and not request.content.at_eof():
                 body += await request.content.readany()
-                size = uploads[upload] = len(body)
+                size = uploads[id(body)] = len(body)
                 if sum(uploads.values()) + sum(app[JOBS].values()) > room:
                     raise Problem(503, "The uploads under way are too many for the memory (--queue, --max-mb).")
                 if app[STOPPING].is_set():
@@ -576,7 +575,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     except (web.RequestPayloadError, zlib.error) as error:
         raise Problem(400, f"The body is malformed: {error}") from None
     finally:
-        uploads.pop(upload, None)
+        uploads.pop(id(body), None)
     if max(size, len(photo)) > limit:
         raise Problem(413, f"The body is over {config.max_mb} MiB (--max-mb).")
     filename, content_type = None, request.headers.get("Content-Type", "")
@@ -619,8 +618,8 @@ async def process(app: web.Application, id: str, filename: str | None, photo: by
         await app[STORE].put(id, image)
         await announce(app, image)
         _, width, height, faces = annotated
-        counts = f"{len(faces)} faces, {image.took_ms} ms, {len(app[WATCHERS])} watchers"
-        log.info("%r: %d x %d px, %s", filename, width, height, counts)
+        counts = len(faces), image.took_ms, len(app[WATCHERS])
+        log.info("%r: %d x %d px, %d faces, %d ms, %d watchers", filename, width, height, *counts)
         return image
     except (UnsupportedPhoto, BadPhoto) as error:
         problem = Problem(415 if isinstance(error, UnsupportedPhoto) else 422, str(error))
