@@ -437,7 +437,7 @@ class Store:
         return len(outcome.annotated.jpeg) if isinstance(outcome, Image) else 0
 
 
-# --- The watchers ---
+# --- What the application holds, and whom it tells ---
 
 
 CONFIG = web.AppKey("CONFIG", Config)
@@ -555,7 +555,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     """The photo in the body or its form, and its name there. Raises Problem where it goes beyond the limits."""
     app, config = request.app, request.app[CONFIG]
     uploads, body = app[UPLOADS], bytearray()
-    size, limit = request.content_length or 0, config.max_mb * MIB
+    size, limit = request.content_length or 0, config.max_mb * MIB  # what is claimed first, and then what has come
     room = limit * usable_cpus() * (1 + config.queue)  # for all uploads and photos under way
     try:
         async with asyncio.timeout(config.upload_timeout):
@@ -594,8 +594,8 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
     """
     boundary = BOUNDARY.search(content_type)
     delimiter = b"\r\n--" + (boundary[1].strip('"').encode(errors="replace") if boundary else b"")
-    *texts, end = (b"\r\n" + form).split(delimiter, MAX_PARTS)
-    parts = [PART.fullmatch(text) for text in texts[1:]]  # the first one is a preamble
+    *texts, end = (b"\r\n" + form).split(delimiter, MAX_PARTS)  # the first is a preamble
+    parts = [PART.fullmatch(text) for text in texts[1:]]
     if not end.startswith(b"--") or None in parts:
         raise Problem(400, f"The form is malformed (RFC 7578), or has over {MAX_PARTS} parts.")
     for part in filter(None, parts):
