@@ -271,37 +271,33 @@ class HaarDetector(threading.local):
             raise ValueError(f"{file} is no cascade in OpenCV's XML")
 
     def __call__(self, image: Pixels) -> list[Face]:
-        levels = self.pyramid(image)
+        height, width = image.shape[:2]
+        scale = max(HAAR_SMALLEST, max(height, width) / HAAR_PER_SIDE) / HAAR_WINDOW
+        copies: dict[float, Pixels] = {}  # by photo pixels per pixel: the smallest face fills one window, two, four...
         windows: list[list[int]] = []
-        for level, scale in levels:  # in windows of one octave: for larger ones, OpenCV doubles the positions
-            step = HAAR_STEPS[0] if level is levels[0][0] else HAAR_STEPS[1]
-            found = self.cascade.detectMultiScale(level, step, 0, maxSize=(2 * HAAR_WINDOW - 1,) * 2)
-            windows += [[int(value * scale) for value in window] for window in found]
+        while min(height, width) >= scale * HAAR_WINDOW:
+            image = cv2.resize(image, (round(width / scale), round(height / scale)))
+            if not copies:
+                image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+            step = HAAR_STEPS[1] if copies else HAAR_STEPS[0]
+            # In windows of one octave: for larger ones, OpenCV doubles the positions.
+            found = self.cascade.detectMultiScale(image, step, 0, maxSize=(2 * HAAR_WINDOW - 1,) * 2)
+            windows += np.multiply(found, scale).astype(int).tolist()
+            copies[scale] = image
+            scale *= 2
         boxes, counts = cv2.groupRectangles(windows * 2, 1, 0.3)  # twice, as it drops what is there only once
         proposals = sorted(zip(counts, map(tuple, boxes), strict=True), reverse=True)[:HAAR_PROPOSALS]
-        faces = [self.verify(levels, box) for _, box in proposals]
+        faces = [self.verify(copies, box) for _, box in proposals]
         faces = [face for face in faces if face.score >= self.min_score and face.width >= 0.9 * HAAR_SMALLEST]
         kept = cv2.dnn.NMSBoxes([face[:4] for face in faces], [face.score for face in faces], 0, OVERLAP)
         return [faces[i] for i in kept]
 
-    @staticmethod
-    def pyramid(image: Pixels) -> list[tuple[Pixels, float]]:
-        """Grey copies in which the smallest face is one window large, two, four...; with photo pixels per pixel."""
-        height, width = image.shape[:2]
-        scale = max(HAAR_SMALLEST, max(height, width) / HAAR_PER_SIDE) / HAAR_WINDOW
-        levels: list[tuple[Pixels, float]] = []
-        while min(height, width) >= scale * HAAR_WINDOW:
-            source = levels[-1][0] if levels else image
-            level = cv2.resize(source, (round(width / scale), round(height / scale)))
-            levels.append((level if levels else cv2.cvtColor(level, cv2.COLOR_BGR2GRAY), scale))
-            scale *= 2
-        return levels
-
-    def verify(self, levels: list[tuple[Pixels, float]], box: tuple[int, ...]) -> Face:
+    def verify(self, copies: dict[float, Pixels], box: tuple[int, ...]) -> Face:
         """The mean of the windows that pass in views of a proposed box, and their number as the score."""
         x, y, side, _ = box
-        # The smallest copy in which the face is still two windows large, or else the first.
-        level, scale = [levels[0], *(each for each in levels if side >= 2 * HAAR_WINDOW * each[1])][-1]
+        scale = min(
+            copies, key=lambda each: abs(side / each - 2 * HAAR_FACE)
+        )  # the face is larger there than in a view
         middle = ((x + side / 2) / scale, (y + side / 2) / scale)
         passed = []
         for angle, mirrored in HAAR_VIEWS:
@@ -309,7 +305,7 @@ class HaarDetector(threading.local):
             turn[:, 2] += np.subtract(HAAR_VIEW / 2, middle)
             if mirrored:
                 turn[0] = (0, 0, HAAR_VIEW) - turn[0]
-            view = cv2.warpAffine(level, turn, (HAAR_VIEW, HAAR_VIEW), borderMode=cv2.BORDER_REPLICATE)
+            view = cv2.warpAffine(copies[scale], turn, (HAAR_VIEW, HAAR_VIEW), borderMode=cv2.BORDER_REPLICATE)
             back = cv2.invertAffineTransform(turn)
             for left, top, size, _ in self.cascade.detectMultiScale(view, HAAR_DENSE, 0):
                 passed.append((*(back @ (left + size / 2, top + size / 2, 1) * scale), size * side / HAAR_FACE))
