@@ -262,12 +262,10 @@ class HaarDetector(threading.local):
     def __init__(self, file: Path, min_score: float) -> None:
         self.min_score = min_score or HAAR_SCORE
         self.cascade = cv2.CascadeClassifier()
-        try:  # by its text: OpenCV on Windows opens no path beyond ASCII
-            storage = cv2.FileStorage(file.read_text(), cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY)
-            valid = self.cascade.read(storage.getFirstTopLevelNode())
-        except (UnicodeDecodeError, SystemError, cv2.error):
-            valid = False
-        if not valid:
+        with contextlib.suppress(SystemError, cv2.error):  # by its text: OpenCV on Windows opens no path beyond ASCII
+            storage = cv2.FileStorage(file.read_text("latin-1"), cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY)
+            self.cascade.read(storage.getFirstTopLevelNode())
+        if self.cascade.empty():
             raise ValueError(f"{file} is no cascade in OpenCV's XML")
 
     def __call__(self, image: Pixels) -> list[Face]:
