@@ -88,7 +88,7 @@ HAAR_VIEWS = ((0, False), (-8, True), (8, True), (-16, False), (16, False))  # d
 HAAR_PROPOSALS = 128  # that are verified in a photo at most, the best first
 HAAR_SCORE = 17  # windows: the least score
 YUNET_SIDE = 416  # px, the longer side of the copy that the network sees: 0.4 of the time of 640, for 0.006 of F1
-YUNET_LEAST = 64  # px, a side that it must have at least: in less it sees boxes of infinite size
+YUNET_LEAST = 64  # px, to which a shorter side is stretched: in less, the network sees boxes of infinite size
 YUNET_SCORE = 0.7  # of 1: the least score
 OVERLAP = 0.3  # intersection over union, from which two boxes are of one face
 MAX_JPEG_SIDE = 65_500  # px, libjpeg's JPEG_MAX_DIMENSION
@@ -330,14 +330,12 @@ class YuNetDetector(threading.local):
     def __call__(self, image: Pixels) -> list[Face]:
         height, width = image.shape[:2]
         scale = max(1, max(height, width) / YUNET_SIDE)
-        small = cv2.resize(image, (max(1, round(width / scale)), max(1, round(height / scale))))
-        below, beside = (max(0, YUNET_LEAST - side) for side in small.shape[:2])
-        small = cv2.copyMakeBorder(small, 0, below, 0, beside, cv2.BORDER_CONSTANT)
-        self.network.setInputSize(small.shape[1::-1])
-        _, found = self.network.detect(small)
-        faces = []
+        size = max(YUNET_LEAST, round(width / scale)), max(YUNET_LEAST, round(height / scale))
+        self.network.setInputSize(size)
+        _, found = self.network.detect(cv2.resize(image, size))
+        scales, faces = np.divide((width, height, width, height), size * 2), []
         for row in [] if found is None else found:  # x, y, width, height, five landmarks, score
-            x, y, width, height = (round(float(value) * scale) for value in row[:4])
+            x, y, width, height = np.rint(row[:4] * scales).astype(int).tolist()
             faces.append(Face(x, y, width, height, round(float(row[14]), 3)))
         return faces
 
