@@ -180,8 +180,8 @@ def annotate(photo: bytes, detect: Detector | None = None, max_megapixels: float
     """
     try:
         width, height = pixel_size(photo)
-    except (IndexError, ValueError, struct.error):
-        raise BadPhoto("The photo ends within its header.") from None
+    except (ValueError, struct.error):
+        raise BadPhoto("The photo has no frame header, or ends within its header.") from None
     if photo.startswith(b"\xff\xd8") and photo.count(b"\xff\xda") > MAX_SCANS:
         raise BadPhoto(f"The photo has over {MAX_SCANS} scans.")
     if width * height > max_megapixels * 1e6:
@@ -205,7 +205,7 @@ def pixel_size(photo: bytes) -> tuple[int, int]:
     """Width and height in pixels by the header, before OpenCV allocates whatever that claims.
 
     The first bytes tell the format: OpenCV reads many more, which nobody here asked for. Raises UnsupportedPhoto,
-    BadPhoto, and IndexError or struct.error where the header is cut short.
+    and ValueError or struct.error where the header has no size.
     """
     if photo.startswith(b"\x89PNG\r\n\x1a\n"):
         return struct.unpack_from(">II", photo, 16)
@@ -222,16 +222,12 @@ def pixel_size(photo: bytes) -> tuple[int, int]:
     if photo.startswith(b"\xff\xd8\xff"):  # ITU T.81, B.1: segments, each with its length, up to the frame header
         at = 2
         for _ in range(MAX_SEGMENTS):
-            at = photo.index(b"\xff", at) + 1
-            marker = photo[at]
+            at = photo.index(b"\xff", at)
+            marker, length, height, width = struct.unpack_from(">xBHxHH", photo, at)
             if marker in FRAME_HEADERS:
-                height, width = struct.unpack_from(">HH", photo, at + 4)
                 return width, height
-            if marker in (0xD9, 0xDA):  # the end, or the first scan
-                break
-            if 0x01 < marker < 0xD0 or 0xD8 < marker < 0xFF:  # all others stand alone, or fill
-                at += 1 + struct.unpack_from(">H", photo, at + 1)[0]
-        raise BadPhoto("The photo has no frame header.")
+            at += 2 + length if 0x01 < marker < 0xD0 or 0xD8 < marker < 0xFF else 1  # the others stand alone, or fill
+        raise ValueError
     if photo[4:8] == b"ftyp" and photo[8:12] in HEIC_BRANDS:
         raise UnsupportedPhoto("This is a HEIC photo; export it as JPEG (iPhone: Settings, Camera, Most Compatible).")
     raise UnsupportedPhoto("This is no JPEG, PNG, WebP or GIF.")
