@@ -235,10 +235,9 @@ def pixel_size(photo: bytes) -> tuple[int, int]:
 
 def decode(photo: bytes) -> Pixels:
     """Decode to 8 bits a channel, turned upright by the EXIF orientation. Raises BadPhoto."""
-    try:
+    image = None
+    with contextlib.suppress(cv2.error):
         image = cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    except cv2.error as error:
-        raise BadPhoto(f"The photo does not decode: {error.err}.") from None
     if image is None:
         raise BadPhoto("The photo is damaged or cut short.")
     if image.dtype != np.uint8:  # cameras use 10 to 16 bits of 16: keep the 8 highest in use
