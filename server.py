@@ -105,7 +105,6 @@ DRAIN_TIMEOUT = 4  # s for the photos under way when the server stops; Docker ki
 GOODBYE_TIMEOUT = 1  # s for the watchers to return the goodbye, and then for the answers to be sent
 
 FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # the markers SOF0 to SOF15 of a JPEG
-HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 BOUNDARY = re.compile(r'; *boundary=("[^"]+"|[^ ";]+)', re.IGNORECASE)
 PART = re.compile(rb"[ \t]*((?:\r\n[!-9;-~]+:[^\r\n\0]{,8000}){,100})\r\n\r\n(.*)", re.DOTALL)  # headers and content
 FILENAME = re.compile(r'\nContent-Disposition:.*?; *filename\*?="?((?<=")[^"]*|[^ ";\r]*)', re.IGNORECASE)
@@ -228,7 +227,7 @@ def pixel_size(photo: bytes) -> tuple[int, int]:
                 return width, height
             at += 2 + length if 0x01 < marker < 0xD0 or 0xD8 < marker < 0xFF else 1  # the others stand alone, or fill
         raise ValueError
-    if photo[4:8] == b"ftyp" and photo[8:12] in HEIC_BRANDS:
+    if photo[4:8] == b"ftyp" and b"hei" in photo[8:40]:  # one of the kinds that it says it is
         raise UnsupportedPhoto("This is a HEIC photo; export it as JPEG (iPhone: Settings, Camera, Most Compatible).")
     raise UnsupportedPhoto("This is no JPEG, PNG, WebP or GIF.")
 
