@@ -81,8 +81,6 @@ MIB = 2**20  # bytes
 HAAR_WINDOW = 24  # px, the side of the window that the cascade was trained on
 HAAR_SMALLEST = 32  # px, the smallest face that is looked for: a smaller one looks like any texture
 HAAR_PER_SIDE = 32  # and none under 1/32 of the longer side: no photo costs more than one of 1024 px
-HAAR_STEPS = 2 ** (1 / 2), 2 ** (1 / 3)  # between sizes of windows: the smallest, which take the most time; the others
-HAAR_DENSE = 1.1  # the same in a view
 HAAR_FACE, HAAR_VIEW = 32, 44  # px, the sides of the proposed face in a view, and of the view
 HAAR_VIEWS = ((0, False), (-8, True), (8, True), (-16, False), (16, False))  # degrees turned, and whether mirrored
 HAAR_PROPOSALS = 128  # that are verified in a photo at most, the best first
@@ -271,7 +269,7 @@ class HaarDetector(threading.local):
             image = cv2.resize(image, (round(width / scale), round(height / scale)))
             if not copies:
                 image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-            step = HAAR_STEPS[1] if copies else HAAR_STEPS[0]
+            step = 2 ** (1 / 3) if copies else 2 ** (1 / 2)  # between sizes of windows; the first copy takes most time
             # In windows of one octave: for larger ones, OpenCV doubles the positions.
             found = self.cascade.detectMultiScale(image, step, 0, maxSize=(2 * HAAR_WINDOW - 1,) * 2)
             windows += np.multiply(found, scale).astype(int).tolist()
@@ -287,9 +285,8 @@ class HaarDetector(threading.local):
     def verify(self, copies: dict[float, Pixels], box: tuple[int, ...]) -> Face:
         """The mean of the windows that pass in views of a proposed box, and their number as the score."""
         x, y, side, _ = box
-        scale = min(
-            copies, key=lambda each: abs(side / each - 2 * HAAR_FACE)
-        )  # the face is larger there than in a view
+        # In the copy in which the face is nearest to twice as large as in a view.
+        scale = min(copies, key=lambda each: abs(side / each - 2 * HAAR_FACE))
         middle = ((x + side / 2) / scale, (y + side / 2) / scale)
         passed = []
         for angle, mirrored in HAAR_VIEWS:
@@ -299,7 +296,7 @@ class HaarDetector(threading.local):
                 turn[0] = (0, 0, HAAR_VIEW) - turn[0]
             view = cv2.warpAffine(copies[scale], turn, (HAAR_VIEW, HAAR_VIEW), borderMode=cv2.BORDER_REPLICATE)
             back = cv2.invertAffineTransform(turn)
-            for left, top, size, _ in self.cascade.detectMultiScale(view, HAAR_DENSE, 0):
+            for left, top, size, _ in self.cascade.detectMultiScale(view, minNeighbors=0):
                 passed.append((*(back @ (left + size / 2, top + size / 2, 1) * scale), size * side / HAAR_FACE))
         if not passed:
             return Face(x, y, side, side, 0)
