@@ -59,14 +59,13 @@ from socket import SO_SNDBUF, SOL_SOCKET
 from typing import Any, NamedTuple
 
 # OpenCV reads these once, when it is imported. The limit only backs up --max-megapixels, which is checked before.
-MAX_MEGAPIXELS = 250
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_MEGAPIXELS * 10**6))
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "250000000")
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # the answers say what is wrong with a photo
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-from aiohttp import WSCloseCode, WSMsgType, web  # noqa: E402
-from aiohttp.typedefs import Handler  # noqa: E402
+import cv2
+import numpy as np
+from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp.typedefs import Handler
 
 ROOT = Path(__file__).parent
 CASCADE = "haarcascade_frontalface_default.xml"  # beside this file, or else in the OpenCV wheel
@@ -77,6 +76,7 @@ PAGE_POLICY = (  # data: and blob: are images that a page has in itself
     "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 MIB = 2**20  # bytes
+MAX_MEGAPIXELS = int(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]) // 10**6
 
 HAAR_WINDOW = 24  # px, the side of the window that the cascade was trained on
 HAAR_SMALLEST = 32  # px, the smallest face that is looked for: a smaller one looks like any texture
