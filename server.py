@@ -339,9 +339,8 @@ def load_detector(model: str = Config.model, min_score: float = Config.min_score
     """
     if model.endswith(".onnx"):
         return YuNetDetector(Path(model), min_score)
-    beside = ROOT / CASCADE
-    cascade = beside if beside.exists() else Path(cv2.__file__).parent / "data" / CASCADE
-    return HaarDetector(Path(model) if model else cascade, min_score)
+    folder = ROOT if (ROOT / CASCADE).exists() else Path(cv2.__file__).parent / "data"
+    return HaarDetector(Path(model or folder / CASCADE), min_score)
 
 
 # --- The store ---
