@@ -76,7 +76,7 @@ PAGE_POLICY = (  # data: and blob: are images that a page has in itself
     "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 MIB = 2**20  # bytes
-MAX_MEGAPIXELS = int(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]) // 10**6
+MAX_MEGAPIXELS = 250  # as OpenCV was told
 
 HAAR_WINDOW = 24  # px, the side of the window that the cascade was trained on
 HAAR_SMALLEST = 32  # px, the smallest face that is looked for: a smaller one looks like any texture
