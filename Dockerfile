@@ -10,8 +10,6 @@ COPY . .
 # A clone may be readable for its owner only, by the umask.
 RUN chmod -R a+rX .
 USER nobody
-# glibc keeps what is freed for the next photo, but for blocks over 8 MiB: else, under a flood, it takes 100 MB more.
-ENV MALLOC_MMAP_THRESHOLD_=8388608 MALLOC_TRIM_THRESHOLD_=16777216
 EXPOSE 8282
 
 # Some 3 ms of CPU time. Python would take 70.

@@ -35,6 +35,7 @@ Meanwhile, in another terminal:
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import functools
 import json
 import logging
@@ -790,10 +791,19 @@ def parse_config(arguments: list[str], kind: type[Config] = Config) -> Config:
     return kind(**vars(options))
 
 
+def keep_memory() -> None:
+    """Have glibc keep the memory of a photo for the next one: to get it anew takes up to a sixth of the time."""
+    with contextlib.suppress(AttributeError, TypeError):  # other systems do as they do
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads
+        mallopt(-3, 64 * MIB)  # M_MMAP_THRESHOLD: for blocks of up to 20 megapixels
+        mallopt(-1, 128 * MIB)  # M_TRIM_THRESHOLD: that may lie unused
+
+
 def main(create: Callable[[Any], web.Application] = create_app, kind: type[Config] = Config) -> None:
     """Run the server that `create` makes of the options."""
     config = parse_config(sys.argv[1:], kind)
-    bytes(8 * MIB)  # freed at once; glibc then keeps a photo's memory for the next (mallopt(3), M_MMAP_THRESHOLD)
+    keep_memory()
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit; others may not move it
         import resource
 
