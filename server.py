@@ -104,6 +104,7 @@ DRAIN_TIMEOUT = 4  # s for the photos under way when the server stops; Docker ki
 GOODBYE_TIMEOUT = 1  # s for the watchers to return the goodbye, and then for the answers to be sent
 
 FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # the markers SOF0 to SOF15 of a JPEG
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 BOUNDARY = re.compile(r'; *boundary=("[^"]+"|[^ ";]+)', re.IGNORECASE)
 PART = re.compile(rb"[ \t]*((?:\r\n[!-9;-~]+:[^\r\n\0]{,8000}){,100})\r\n\r\n(.*)", re.DOTALL)  # headers and content
 FILENAME = re.compile(r'\nContent-Disposition:.*?; *filename\*?="?((?<=")[^"]*|[^ ";\r]*)', re.IGNORECASE)
@@ -226,7 +227,7 @@ def pixel_size(photo: bytes) -> tuple[int, int]:
                 return width, height
             at += 2 + length if 0x01 < marker < 0xD0 or 0xD8 < marker < 0xFF else 1  # the others stand alone, or fill
         raise ValueError
-    if photo[4:8] == b"ftyp" and b"hei" in photo[8:40]:  # one of the kinds that it says it is
+    if photo[4:8] == b"ftyp" and photo[8:12] in HEIC_BRANDS:
         raise UnsupportedPhoto("This is a HEIC photo; export it as JPEG (iPhone: Settings, Camera, Most Compatible).")
     raise UnsupportedPhoto("This is no JPEG, PNG, WebP or GIF.")
 
@@ -270,7 +271,7 @@ class HaarDetector(threading.local):
             image = cv2.resize(image, (round(width / scale), round(height / scale)))
             if not copies:
                 image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-            # In windows of one octave: for larger ones, OpenCV doubles the positions.
+            # Two sizes of window, within one octave: for larger ones, OpenCV doubles the positions.
             found = self.cascade.detectMultiScale(image, 2 ** (1 / 2), 0, maxSize=(2 * HAAR_WINDOW - 1,) * 2)
             windows += np.multiply(found, scale).astype(int).tolist()
             copies[scale] = image
@@ -491,8 +492,7 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
         raise Problem(426, f"This is a websocket. Connect with: {connect}", headers)
     if request.query.get("format", "json") != "json":
         raise Problem(400, "The format can only be json; without one you get the URL alone.")
-    if app[STOPPING].is_set():
-        raise Problem(503, "The server is stopping.")
+    refuse_if_stopping(app)
     if len(app[WATCHERS]) >= app[CONFIG].max_clients:
         raise Problem(503, f"There are {app[CONFIG].max_clients} watchers already (--max-clients).")
     await socket.prepare(request)
@@ -515,11 +515,13 @@ async def post_image(request: web.Request) -> web.Response:
     """POST /image: find the faces in the photo that is the body, or a file in its form."""
     app, config = request.app, request.app[CONFIG]
     filename, photo = await read_photo(request)
-    if len(app[JOBS]) >= usable_cpus() * (1 + config.queue):
+    refuse_if_stopping(app)
+    if len(app[JOBS]) >= max_jobs(config):
         raise Problem(503, f"Too many photos are waiting already, {config.queue} for each thread (--queue).")
     id = str(uuid.uuid4())
     url = f"{base_url(request)}/image/{id}"
-    respond_async = "respond-async" in ",".join(request.headers.getall("Prefer", [])).lower()  # RFC 7240
+    preferences = ",".join(request.headers.getall("Prefer", [])).lower().split(",")  # RFC 7240
+    respond_async = "respond-async" in (each.partition(";")[0].strip() for each in preferences)
     if respond_async:
         await app[STORE].promise(id)
     job = asyncio.create_task(process(app, id, filename, photo, respond_async))
@@ -538,7 +540,8 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     app, config = request.app, request.app[CONFIG]
     uploads, body = app[UPLOADS], bytearray()
     size, limit = request.content_length or 0, config.max_mb * MIB  # what is claimed first, and then what has come
-    room = limit * usable_cpus() * (1 + config.queue)  # for all uploads and photos under way
+    too_large = f"The body is over {config.max_mb} MiB (--max-mb)."
+    room = max_jobs(config) * limit  # for all uploads and photos under way
     try:
         async with asyncio.timeout(config.upload_timeout):
             while size <= limit and not request.content.at_eof():
@@ -546,20 +549,21 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
                 size = uploads[id(body)] = len(body)
                 if sum(uploads.values()) + sum(app[JOBS].values()) > room:
                     raise Problem(503, "The uploads under way are too many for the memory (--queue, --max-mb).")
-                if app[STOPPING].is_set():
-                    raise Problem(503, "The server is stopping.")
+                refuse_if_stopping(app)
+        if size > limit:
+            raise Problem(413, too_large)
         photo = bytes(body)
         if request.headers.get("Content-Encoding") in ("gzip", "deflate") and isinstance(request.protocol, Connection):
             inflate = zlib.decompressobj(47).decompress  # 47: either of the two
             photo = await asyncio.get_running_loop().run_in_executor(app[POOL], inflate, photo, limit + 1)
+            if len(photo) > limit:
+                raise Problem(413, too_large)
     except TimeoutError:
         raise Problem(408, f"The upload took over {config.upload_timeout} s (--upload-timeout).") from None
     except (web.RequestPayloadError, zlib.error) as error:
         raise Problem(400, f"The body is malformed: {error}") from None
     finally:
         uploads.pop(id(body), None)
-    if max(size, len(photo)) > limit:
-        raise Problem(413, f"The body is over {config.max_mb} MiB (--max-mb).")
     filename, content_type = None, request.headers.get("Content-Type", "")
     if content_type.lower().startswith("multipart/"):
         filename, photo = file_in_form(content_type, photo)
@@ -576,9 +580,10 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
     """
     boundary = BOUNDARY.search(content_type)
     delimiter = b"\r\n--" + (boundary[1].strip('"').encode(errors="replace") if boundary else b"")
-    *texts, end = (b"\r\n" + form).split(delimiter, MAX_PARTS)  # the first is a preamble
-    parts = [PART.fullmatch(text) for text in texts[1:]]
-    if not end.startswith(b"--") or None in parts:
+    texts = (b"\r\n" + form).split(delimiter, MAX_PARTS)[1:]  # without the preamble
+    end = next((number for number, text in enumerate(texts) if text.startswith(b"--")), None)
+    parts = [PART.fullmatch(text) for text in texts[:end]]
+    if not boundary or end is None or None in parts:
         raise Problem(400, f"The form is malformed (RFC 7578), or has over {MAX_PARTS} parts.")
     for part in filter(None, parts):
         headers, content = part[1].decode(errors="replace"), part[2]
@@ -648,6 +653,12 @@ def json_response(
     return web.Response(text=text, status=status, headers=headers, content_type=content_type)
 
 
+def refuse_if_stopping(app: web.Application) -> None:
+    """Raise Problem once the server is told to stop."""
+    if app[STOPPING].is_set():
+        raise Problem(503, "The server is stopping.")
+
+
 def base_url(request: web.Request) -> str:
     """The URL by which the client knows this server. X-Forwarded headers are not trusted."""
     return request.app[CONFIG].public_url or f"{request.scheme}://{request.headers['Host']}"
@@ -657,7 +668,7 @@ def base_url(request: web.Request) -> str:
 async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer each error as a problem, aiohttp's 404 and 405 as well, and tell browsers what they may do with it.
 
-    A page of another site has to be let in: any site could use a server on its reader's machine.
+    The pages of other sites are refused but for those allowed: they could use a server on their reader's machine.
     """
     headers = {"X-Content-Type-Options": "nosniff", "Vary": "Origin"}
     host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
@@ -701,6 +712,11 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def max_jobs(config: Config) -> int:
+    """The photos that may be under way: one for each thread, and those that wait for it."""
+    return usable_cpus() * (1 + config.queue)
+
+
 def create_app(config: Config) -> web.Application:
     """The server, for web.run_app(), a test, or serve(). Raises OSError or ValueError where the model is none."""
     app = web.Application(middlewares=[answer])
@@ -732,6 +748,7 @@ async def drain(app: web.Application) -> None:
         for job in late:
             job.cancel()
     await asyncio.gather(*(each.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in app[WATCHERS]))
+    app[POOL].shutdown(wait=False)
 
 
 class Connection(web.RequestHandler):

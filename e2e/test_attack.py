@@ -527,6 +527,7 @@ FORMS = {
     "two files": (FORM_TYPE, FORM.replace(b"--b--\r\n", b"") + FORM, 201, ""),
     "preamble": (FORM_TYPE, b"noise\r\n" * 999 + FORM, 201, ""),
     "epilogue": (FORM_TYPE, FORM + b"noise" * 999, 201, ""),
+    "epilogue that is a form": (FORM_TYPE, FORM + START + b"noise", 201, ""),
     "multipart/mixed": ("Content-Type: multipart/mixed; boundary=b", FORM, 201, ""),
     "photo that says it is a form": (FORM_TYPE, PHOTO, 400, MALFORMED),
     "form that says it is a photo": ("Content-Type: image/jpeg", FORM, 415, "This is no JPEG"),
@@ -633,6 +634,7 @@ BODIES = {
     "unknown method": (post(PHOTO).replace(b"POST", b"BREW"), 400, "Invalid method"),
     "put": (post(PHOTO).replace(b"POST", b"PUT"), 201, ""),
     "async": (post(PHOTO, "Prefer: handling=lenient, respond-async"), 202, ""),
+    "another preference": (post(PHOTO, "Prefer: x-respond-async"), 201, ""),
 }
 
 
