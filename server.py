@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 # OpenCV reads these when it is imported.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")
+MAX_PIXELS = os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # the answers say what is wrong with a photo
 
 import cv2
@@ -146,8 +146,14 @@ def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> Annotated:
     pixels = decode(photo)
     height, width, _ = pixels.shape
     faces = detector(pixels)
-    jpeg = encode(draw(pixels, faces)) if drawn else b""
-    return Annotated(jpeg, width, height, faces)
+    if not drawn:
+        return Annotated(b"", width, height, faces)
+
+    draw(pixels, faces)
+    encoded, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    if not encoded:
+        raise BadPhoto("The photo has over 65,500 pixels on a side, too many for a JPEG.")
+    return Annotated(jpeg.tobytes(), width, height, faces)
 
 
 def decode(photo: bytes) -> Pixels:
@@ -166,9 +172,9 @@ def decode(photo: bytes) -> Pixels:
         pixels = cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
         if error.code == cv2.Error.StsNoMem:
-            raise MemoryError from None
-        limit = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]
-        raise BadPhoto(f"The photo has over {limit} pixels (OPENCV_IO_MAX_IMAGE_PIXELS).") from None
+            raise MemoryError("The server is out of memory.") from None
+        text = f"The photo has over {MAX_PIXELS} pixels (OPENCV_IO_MAX_IMAGE_PIXELS)."
+        raise BadPhoto(text) from None
     if pixels is None:
         raise BadPhoto("The photo is damaged or cut short.")
     return pixels
@@ -200,21 +206,12 @@ def still_png(png: bytes) -> bytes:
     return b"".join(kept)
 
 
-def draw(pixels: Pixels, faces: list[Face]) -> Pixels:
+def draw(pixels: Pixels, faces: list[Face]) -> None:
     """Draw a box around each face: green with a black edge, to stand out on any photo."""
     line = max(2, max(pixels.shape) // 250)  # px, so that it looks as wide on a large photo
     for *box, _ in faces:
         cv2.rectangle(pixels, box, (0, 0, 0), 2 * line)
         cv2.rectangle(pixels, box, (0, 255, 0), line)
-    return pixels
-
-
-def encode(pixels: Pixels) -> bytes:
-    """Encode as JPEG. Raises BadPhoto."""
-    encoded, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    if not encoded:
-        raise BadPhoto("The photo has over 65,500 pixels on a side, too many for a JPEG.")
-    return jpeg.tobytes()
 
 
 # --- The detectors ---
@@ -364,13 +361,6 @@ class Image(NamedTuple):
     meta: dict[str, Any]  # its JSON, but for the URL, which is another one for each client
 
 
-class Refusal(NamedTuple):
-    """Why a photo got no image. It is no exception, which would keep the photo by its traceback."""
-
-    error: type[web.HTTPException]
-    text: str
-
-
 class Store:
     """The images by id, the least recently used first, and the photos under way."""
 
@@ -400,7 +390,7 @@ class Store:
         while len(self.images) > 1 and (len(self.images) > self.config.keep or self.size > limit):
             self.size -= len(self.images.popitem(last=False)[1].jpeg)
 
-    async def get(self, id: str) -> Image | Refusal | None:
+    async def get(self, id: str) -> Image | Exception | None:
         """Return what became of a photo, as soon as it is known. This counts as use."""
         if id in self.jobs:
             return await asyncio.shield(self.jobs[id])
@@ -421,6 +411,13 @@ STORE = web.AppKey("STORE", Store)
 UPLOADS = web.AppKey("UPLOADS", asyncio.Semaphore)
 # The transport of each websocket, the URL by which it knows this server, and whether it wants JSON
 WATCHERS: web.AppKey[dict[web.WebSocketResponse, tuple[Any, str, bool]]] = web.AppKey("WATCHERS")
+
+
+ERRORS = {
+    UnsupportedPhoto: web.HTTPUnsupportedMediaType,
+    BadPhoto: web.HTTPUnprocessableEntity,
+    MemoryError: web.HTTPServiceUnavailable,
+}
 
 
 async def announce(app: web.Application, image: Image) -> None:
@@ -556,18 +553,15 @@ def url_of(request: web.Request, id: str) -> str:
 
 
 async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
-    """Return filename and photo, which is the body or the file in a form; or raise an error."""
-    config, app = request.app[CONFIG], request.app
+    """Return filename and content of the photo, which is the body or the file in its form."""
+    app, config = request.app, request.app[CONFIG]
     if "Content-Encoding" in request.headers:  # a few KB of gzip can inflate for minutes
         raise web.HTTPUnsupportedMediaType(text="Send the body without a Content-Encoding.")
     try:
         async with asyncio.timeout(config.upload_timeout), app[UPLOADS]:
-            body = await request.clone(client_max_size=config.max_mb * MIB).read()
+            body = await request.read()
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="The upload took too long (--upload-timeout).") from None
-    except web.HTTPRequestEntityTooLarge as error:
-        error.text = f"The body is over {config.max_mb} MiB (--max-mb)."
-        raise
     except web.RequestPayloadError as error:
         raise web.HTTPBadRequest(text=f"The body is malformed: {error}") from None
 
@@ -575,8 +569,8 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
         raise web.HTTPServiceUnavailable(text="Too many photos are waiting (--queue).")
     if request.content_type == "multipart/form-data":
         return file_in_form(request.headers["Content-Type"], body)
-    if request.content_type == "application/x-www-form-urlencoded" and b"\0" not in body:
-        raise web.HTTPBadRequest(text="There is no photo; curl needs --data-binary, not -d.")
+    if not body or (request.content_type.endswith("urlencoded") and b"\0" not in body):
+        raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
     return None, body
 
 
@@ -599,27 +593,23 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
 
 
 async def run_in_pool(app: web.Application, photo: bytes, drawn: bool) -> Any:
-    """Run annotate() in a thread; return JPEG and JSON, or a Refusal."""
+    """Run annotate() in a thread; return its JPEG and the JSON of the rest, or its exception."""
     start, loop = time.monotonic(), asyncio.get_running_loop()
     try:
-        found = await loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], drawn)
-    except UnsupportedPhoto as error:
-        return Refusal(web.HTTPUnsupportedMediaType, str(error))
-    except BadPhoto as error:
-        return Refusal(web.HTTPUnprocessableEntity, str(error))
-    except MemoryError:
-        return Refusal(web.HTTPServiceUnavailable, "The server is out of memory.")
-    jpeg, width, height, faces = found
+        done = await loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], drawn)
+    except tuple(ERRORS) as error:
+        return type(error)(*error.args)  # a copy: the original keeps the photo by its traceback
+    jpeg, width, height, faces = done
     boxes, took_ms = [face._asdict() for face in faces], round((time.monotonic() - start) * 1000)
     return jpeg, {"width": width, "height": height, "faces": boxes, "took_ms": took_ms}
 
 
 async def annotate_and_announce(
     app: web.Application, id: str, filename: str | None, photo: bytes
-) -> Image | Refusal:
-    """Annotate a photo, keep the image, and announce it."""
+) -> Image | Exception:
+    """Annotate a photo, keep the image, and announce it; or return an exception of annotate()."""
     outcome = await run_in_pool(app, photo, drawn=True)
-    if isinstance(outcome, Refusal):
+    if isinstance(outcome, Exception):
         return outcome
     jpeg, meta = outcome
     image = Image(time.time(), jpeg, {"id": id, "url": "", **meta, "filename": filename})
@@ -630,11 +620,11 @@ async def annotate_and_announce(
 
 
 def result_of(outcome: Any) -> Any:
-    """Return what became of a photo. Raises an HTTPException if there is nothing."""
+    """Return what became of a photo. Raises an HTTPException if it failed, or is not there."""
     if outcome is None:
         raise web.HTTPNotFound(text="There is no such image (any more: --keep, --keep-mb).")
-    if isinstance(outcome, Refusal):
-        raise outcome.error(text=outcome.text)
+    if isinstance(outcome, Exception):
+        raise ERRORS[type(outcome)](text=str(outcome))
     return outcome
 
 
@@ -648,6 +638,8 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except web.HTTPError as error:
         if error is request.match_info.http_exception:
             error.text = "There is nothing here; GET / tells what there is."
+        if error.status == 413:
+            error.text = f"{error.text} (--max-mb)"
         who = f"{request.remote} {request.method} {request.path!r}"
         log.info("%s: %d %s", who, error.status, error.text)
         document = {"title": error.reason, "status": error.status, "detail": error.text}
@@ -685,7 +677,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 # --- The application ---
 def create_app(config: Config = Config(), detector: Detector | None = None) -> web.Application:
     """Return the server. Raises OSError or ValueError if the model file is invalid."""
-    app = web.Application(middlewares=[explain_errors])
+    app = web.Application(middlewares=[explain_errors], client_max_size=config.max_mb * MIB)
     app[CONFIG] = config
     app[DETECTOR] = detector or load_detector(config.model, config.min_score)
     app[POOL] = ThreadPoolExecutor(config.threads)
@@ -727,8 +719,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the command line, with an option for each field of Config."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--host", help="address to listen on; 0.0.0.0 lets other machines in")
-    add("--port", type=int, help="port to listen on; 0 takes a free one")
+    add("--host", help="0.0.0.0 lets other machines in")
+    add("--port", type=int, help="0 takes a free one")
     add("--public-url", help="URL of this server, if it is behind a proxy")
     add("--allow-origin", action="append", help="site whose pages may use this server, or *")
     add("--keep", type=int, help="images to keep")
@@ -745,12 +737,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def serve(app: web.Application) -> None:
-    """Listen, say where, and serve until SIGINT or SIGTERM."""
-    host, port, timeout = app[CONFIG].host, app[CONFIG].port, app[CONFIG].upload_timeout
-    try:
-        listener = socket.create_server((host or "nowhere", port))
-    except (OSError, OverflowError) as error:
-        sys.exit(f"Cannot listen on {host}:{port} (--host, --port): {error}")
+    """Listen, say where, and serve until SIGINT or SIGTERM. Raises OSError or OverflowError."""
+    config, host = app[CONFIG], app[CONFIG].host
+    listener = socket.create_server((host or "nowhere", config.port))
     if host == "0.0.0.0":
         with socket.socket(type=socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
             probe.connect(("192.0.2.1", 9))  # sends nothing, but has an address in the network
@@ -762,7 +751,7 @@ def serve(app: web.Application) -> None:
         print=None,
         access_log=None,
         auto_decompress=False,
-        keepalive_timeout=timeout,
+        keepalive_timeout=config.upload_timeout,
         shutdown_timeout=GOODBYE_TIMEOUT,
     )
     os._exit(0)  # else Python would wait for threads whose photos take minutes
@@ -774,8 +763,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         serve(create_app(config))
-    except (OSError, ValueError) as error:
-        sys.exit(f"The model is invalid (--model): {error}")
+    except (OSError, OverflowError, ValueError) as error:
+        sys.exit(f"The server cannot start (--host, --port, --model): {error}")
 
 
 if __name__ == "__main__":
