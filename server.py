@@ -141,7 +141,7 @@ Detector = Callable[[Pixels], list[Face]]
 def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> Annotated:
     """Find the faces in a photo, and draw a box around each; not drawn, the JPEG is empty.
 
-    Many threads may call this at once. Raises UnsupportedPhoto, BadPhoto or MemoryError.
+    Many threads may call this at once. Raises UnsupportedPhoto, BadPhoto, or cv2.error if memory runs out.
     """
     pixels = decode(photo)
     height, width, _ = pixels.shape
@@ -172,7 +172,7 @@ def decode(photo: bytes) -> Pixels:
         pixels = cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
         if error.code == cv2.Error.StsNoMem:
-            raise MemoryError("The server is out of memory.") from None
+            raise
         text = f"The photo has over {MAX_PIXELS} pixels (OPENCV_IO_MAX_IMAGE_PIXELS)."
         raise BadPhoto(text) from None
     if pixels is None:
@@ -383,7 +383,7 @@ class Store:
     async def put(self, image: Image) -> None:
         """Keep an image, and drop the least recently used ones that are too much."""
         id = image.meta["id"]
-        del self.jobs[id]
+        self.jobs.pop(id, None)
         self.images[id] = image
         self.size += len(image.jpeg)
         limit = self.config.keep_mb * MIB
@@ -416,7 +416,7 @@ WATCHERS: web.AppKey[dict[web.WebSocketResponse, tuple[Any, str, bool]]] = web.A
 ERRORS = {
     UnsupportedPhoto: web.HTTPUnsupportedMediaType,
     BadPhoto: web.HTTPUnprocessableEntity,
-    MemoryError: web.HTTPServiceUnavailable,
+    cv2.error: web.HTTPServiceUnavailable,  # of memory; what is wrong with a photo is BadPhoto
 }
 
 
@@ -436,9 +436,10 @@ async def announce(app: web.Application, image: Image) -> None:
 async def get_page(request: web.Request) -> web.StreamResponse:
     """GET /, /docs and /openapi.json: a file of static/. For curl, / is text."""
     page = STATIC / str(request.match_info.route.name)
-    if page.exists() and (request.path != "/" or "text/html" in request.headers.get("Accept", "")):
-        return web.FileResponse(page)
-    return web.Response(text=commands(base_of(request)))
+    for_curl = page.name == "index.html" and "text/html" not in request.headers.get("Accept", "")
+    if for_curl or not page.exists():
+        return web.Response(text=commands(base_of(request)))
+    return web.FileResponse(page)
 
 
 async def get_faces(request: web.Request) -> web.WebSocketResponse:
@@ -498,8 +499,12 @@ async def get_image(request: web.Request) -> web.StreamResponse:
     await response.prepare(request)
     # In pieces, since aiohttp would copy the whole image for a client that does not read.
     for at in range(0, len(image.jpeg) if request.method == "GET" else 0, PIECE):
-        async with asyncio.timeout(config.upload_timeout):
-            await response.write(image.jpeg[at : at + PIECE])
+        try:
+            async with asyncio.timeout(config.upload_timeout):
+                await response.write(image.jpeg[at : at + PIECE])
+        except TimeoutError:
+            assert request.transport
+            request.transport.abort()
     return response
 
 
@@ -634,6 +639,8 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     """Send each error as a problem document (RFC 9457), aiohttp's own too, and log it."""
     try:
         check_site(request)
+        if request.method == "OPTIONS" and request["cors"]:
+            return web.Response()
         return await handler(request)
     except web.HTTPError as error:
         if error is request.match_info.http_exception:
@@ -761,6 +768,8 @@ def main() -> None:
     """Run the server with the options of the command line."""
     config = Config(**vars(make_parser().parse_args()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    # When files run out, asyncio would log a hundred tracebacks a second.
+    logging.getLogger("asyncio").addFilter(lambda record: "accept()" not in record.getMessage())
     try:
         serve(create_app(config))
     except (OSError, OverflowError, ValueError) as error:
