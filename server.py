@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 # OpenCV reads these when it is imported.
-MAX_PIXELS = os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # the answers say what is wrong with a photo
 
 import cv2
@@ -56,6 +56,7 @@ ROOT = Path(__file__).parent
 STATIC = ROOT / "static"  # the web page; the server also runs without it
 CASCADE = "haarcascade_frontalface_default.xml"
 MIB = 2**20  # bytes
+MAX_PIXELS = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]  # in a photo
 
 MAX_SCANS = 40  # in a JPEG: cameras write up to 10, and at 50 megapixels each can take 0.1 s
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # of a still picture
@@ -126,34 +127,28 @@ class Face(NamedTuple):
     score: float
 
 
-class Annotated(NamedTuple):
-    """A photo with a box around each face, as a JPEG; its size in pixels."""
-
-    jpeg: bytes
-    width: int
-    height: int
-    faces: list[Face]
-
-
 Detector = Callable[[Pixels], list[Face]]
 
 
-def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> Annotated:
-    """Find the faces in a photo, and draw a box around each; not drawn, the JPEG is empty.
+def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[bytes, dict[str, Any]]:
+    """Find the faces in a photo, and draw a box around each.
 
-    Many threads may call this at once. Raises UnsupportedPhoto, BadPhoto, or cv2.error if memory runs out.
+    Returns an upright JPEG without metadata, empty if nothing is to be drawn, and as its JSON
+    width and height in pixels, and the faces. Many threads may call this at once.
+    Raises UnsupportedPhoto, BadPhoto, or cv2.error if memory runs out.
     """
     pixels = decode(photo)
     height, width, _ = pixels.shape
     faces = detector(pixels)
+    meta = {"width": width, "height": height, "faces": [face._asdict() for face in faces]}
     if not drawn:
-        return Annotated(b"", width, height, faces)
+        return b"", meta
 
     draw(pixels, faces)
     encoded, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     if not encoded:
         raise BadPhoto("The photo has over 65,500 pixels on a side, too many for a JPEG.")
-    return Annotated(jpeg.tobytes(), width, height, faces)
+    return jpeg.tobytes(), meta
 
 
 def decode(photo: bytes) -> Pixels:
@@ -173,8 +168,7 @@ def decode(photo: bytes) -> Pixels:
     except cv2.error as error:
         if error.code == cv2.Error.StsNoMem:
             raise
-        text = f"The photo has over {MAX_PIXELS} pixels (OPENCV_IO_MAX_IMAGE_PIXELS)."
-        raise BadPhoto(text) from None
+        raise BadPhoto(f"Over {MAX_PIXELS} pixels (OPENCV_IO_MAX_IMAGE_PIXELS).") from None
     if pixels is None:
         raise BadPhoto("The photo is damaged or cut short.")
     return pixels
@@ -375,19 +369,17 @@ class Store:
 
     async def start(self, id: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Start work on a photo; it goes on even if the client leaves."""
-        self.jobs[id] = asyncio.create_task(work)
+        self.jobs[id] = job = asyncio.create_task(work)
         if len(self.jobs) > MAX_JOBS:
             del self.jobs[next(iter(self.jobs))]
-        return self.jobs[id]
+        return job
 
-    async def put(self, image: Image) -> None:
+    async def put(self, id: str, image: Image) -> None:
         """Keep an image, and drop the least recently used ones that are too much."""
-        id = image.meta["id"]
         self.jobs.pop(id, None)
         self.images[id] = image
         self.size += len(image.jpeg)
-        limit = self.config.keep_mb * MIB
-        while len(self.images) > 1 and (len(self.images) > self.config.keep or self.size > limit):
+        while len(self.images) > max(1, self.config.keep) or self.size > self.config.keep_mb * MIB:
             self.size -= len(self.images.popitem(last=False)[1].jpeg)
 
     async def get(self, id: str) -> Image | Exception | None:
@@ -403,26 +395,24 @@ class Store:
         return sorted(self.images.values(), reverse=True)
 
 
-# --- The watchers ---
 CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 POOL = web.AppKey("POOL", ThreadPoolExecutor)
 STORE = web.AppKey("STORE", Store)
 UPLOADS = web.AppKey("UPLOADS", asyncio.Semaphore)
-# The transport of each websocket, the URL by which it knows this server, and whether it wants JSON
-WATCHERS: web.AppKey[dict[web.WebSocketResponse, tuple[Any, str, bool]]] = web.AppKey("WATCHERS")
-
+WATCHERS = web.AppKey("WATCHERS", dict)  # of each websocket: transport, URL of the server, as JSON
 
 ERRORS = {
     UnsupportedPhoto: web.HTTPUnsupportedMediaType,
     BadPhoto: web.HTTPUnprocessableEntity,
-    cv2.error: web.HTTPServiceUnavailable,  # of memory; what is wrong with a photo is BadPhoto
+    cv2.error: web.HTTPServiceUnavailable,  # out of memory
 }
 
 
+# --- The watchers ---
 async def announce(app: web.Application, image: Image) -> None:
     """Send the URL of an image to every watcher, and wait for none of them."""
-    path = str(app.router["image"].url_for(id=image.meta["id"]))
+    path = f"{app.router['image'].url_for(id=image.meta['id'])}"
     for websocket, (transport, base, as_json) in list(app[WATCHERS].items()):
         if transport.get_write_buffer_size() > MAX_UNREAD:
             transport.abort()  # close() would wait until the watcher has read everything
@@ -454,9 +444,9 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
         writer_limit=sys.maxsize,  # send_str() never waits; announce() looks at the buffer
     )
     if not transport or not websocket.can_prepare(request):
-        raise web.HTTPUpgradeRequired(text="This is a websocket; connect with wscat -c ws://...")
+        raise web.HTTPUpgradeRequired(text="This is a websocket: wscat -c ws://...")
     if len(watchers) >= request.app[CONFIG].max_clients:
-        raise web.HTTPServiceUnavailable(text="There are too many watchers (--max-clients).")
+        raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
 
     await websocket.prepare(request)
     # Else the system holds megabytes for a watcher that does not read.
@@ -475,8 +465,8 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
 async def post_image(request: web.Request) -> web.Response:
     """POST /image: annotate a photo, keep it, and announce it."""
     app, id = request.app, str(uuid.uuid4())
-    filename, photo = await read_photo(request)
-    job = await app[STORE].start(id, annotate_and_announce(app, id, filename, photo))
+    work = annotate_and_announce(app, id, *await read_photo(request))
+    job = await app[STORE].start(id, work)
 
     headers = {"Location": url_of(request, id)}
     if "respond-async" in request.headers.get("Prefer", ""):  # RFC 7240
@@ -488,20 +478,19 @@ async def post_image(request: web.Request) -> web.Response:
 
 async def get_image(request: web.Request) -> web.StreamResponse:
     """GET /image/{id}, the annotated photo as soon as it is done, and /image/{id}/meta, its JSON."""
-    id, config = request.match_info["id"], request.app[CONFIG]
-    image = result_of(await request.app[STORE].get(id))
+    id = request.match_info["id"]
+    _, jpeg, meta = result_of(await request.app[STORE].get(id))
     if request.path.endswith("/meta"):
-        return json_response(image.meta | {"url": url_of(request, id)})
+        return json_response(meta | {"url": url_of(request, id)})
 
     response = web.StreamResponse(headers={"Cache-Control": "private, max-age=31536000, immutable"})
-    response.content_type = "image/jpeg"
-    response.content_length = len(image.jpeg)
+    response.content_type, response.content_length = "image/jpeg", len(jpeg)
     await response.prepare(request)
     # In pieces, since aiohttp would copy the whole image for a client that does not read.
-    for at in range(0, len(image.jpeg) if request.method == "GET" else 0, PIECE):
+    for at in range(0, len(jpeg) if request.method == "GET" else 0, PIECE):
         try:
-            async with asyncio.timeout(config.upload_timeout):
-                await response.write(image.jpeg[at : at + PIECE])
+            async with asyncio.timeout(request.app[CONFIG].upload_timeout):
+                await response.write(jpeg[at : at + PIECE])
         except TimeoutError:
             assert request.transport
             request.transport.abort()
@@ -559,7 +548,7 @@ def url_of(request: web.Request, id: str) -> str:
 
 async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     """Return filename and content of the photo, which is the body or the file in its form."""
-    app, config = request.app, request.app[CONFIG]
+    app, config, kind = request.app, request.app[CONFIG], request.content_type
     if "Content-Encoding" in request.headers:  # a few KB of gzip can inflate for minutes
         raise web.HTTPUnsupportedMediaType(text="Send the body without a Content-Encoding.")
     try:
@@ -572,9 +561,9 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
 
     if len(app[STORE].under_way()) >= config.threads * (1 + config.queue):
         raise web.HTTPServiceUnavailable(text="Too many photos are waiting (--queue).")
-    if request.content_type == "multipart/form-data":
+    if kind == "multipart/form-data":
         return file_in_form(request.headers["Content-Type"], body)
-    if not body or (request.content_type.endswith("urlencoded") and b"\0" not in body):
+    if not body or (kind.endswith("urlencoded") and b"\0" not in body):
         raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
     return None, body
 
@@ -589,38 +578,37 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
     files = []
     for part in parts:
         headers, _, content = part.partition(b"\r\n\r\n")
-        filename = re.search(rb'; *filename\*?=("[^"]*"|[^;\s]*)', headers, re.IGNORECASE)
-        if filename and content:
-            files.append((filename[1].strip(b'"').decode(errors="replace"), content))
+        name = re.search(rb'; *filename\*?=("[^"]*"|[^;\s]*)', headers, re.IGNORECASE)
+        if name and content:
+            files.append((name[1].strip(b'"').decode(errors="replace"), content))
     if len(files) != 1 or not end.startswith(b"--"):
         raise web.HTTPBadRequest(text="The form must have one file, and be complete.")
     return files[0]
 
 
 async def run_in_pool(app: web.Application, photo: bytes, drawn: bool) -> Any:
-    """Run annotate() in a thread; return its JPEG and the JSON of the rest, or its exception."""
+    """Run annotate() in a thread; return its JPEG and JSON, or its exception."""
     start, loop = time.monotonic(), asyncio.get_running_loop()
     try:
-        done = await loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], drawn)
+        done = loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], drawn)
+        jpeg, meta = await done
+        return jpeg, meta | {"took_ms": round((time.monotonic() - start) * 1000)}
     except tuple(ERRORS) as error:
         return type(error)(*error.args)  # a copy: the original keeps the photo by its traceback
-    jpeg, width, height, faces = done
-    boxes, took_ms = [face._asdict() for face in faces], round((time.monotonic() - start) * 1000)
-    return jpeg, {"width": width, "height": height, "faces": boxes, "took_ms": took_ms}
 
 
 async def annotate_and_announce(
-    app: web.Application, id: str, filename: str | None, photo: bytes
-) -> Image | Exception:
-    """Annotate a photo, keep the image, and announce it; or return an exception of annotate()."""
+    app: web.Application, id: str, name: str | None, photo: bytes
+) -> Any:
+    """Annotate a photo, keep the image, and announce it; return it, or an exception."""
     outcome = await run_in_pool(app, photo, drawn=True)
     if isinstance(outcome, Exception):
         return outcome
     jpeg, meta = outcome
-    image = Image(time.time(), jpeg, {"id": id, "url": "", **meta, "filename": filename})
-    await app[STORE].put(image)
+    image = Image(time.time(), jpeg, {"id": id, "url": "", **meta, "filename": name})
+    await app[STORE].put(id, image)
     await announce(app, image)
-    log.info("%r: %d faces in %d ms", filename, len(meta["faces"]), meta["took_ms"])
+    log.info("%r: %d faces in %d ms", name, len(meta["faces"]), meta["took_ms"])
     return image
 
 
@@ -643,17 +631,17 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
             return web.Response()
         return await handler(request)
     except web.HTTPError as error:
+        status, detail = error.status, error.text
         if error is request.match_info.http_exception:
-            error.text = "There is nothing here; GET / tells what there is."
-        if error.status == 413:
-            error.text = f"{error.text} (--max-mb)"
-        who = f"{request.remote} {request.method} {request.path!r}"
-        log.info("%s: %d %s", who, error.status, error.text)
-        document = {"title": error.reason, "status": error.status, "detail": error.text}
+            detail = "There is nothing here; GET / tells what there is."
+        if status == 413:
+            detail = f"{detail} (--max-mb)"
+        if status == 503:
+            error.headers["Retry-After"] = "1"
+        log.info("%s %s %r: %d %s", request.remote, request.method, request.path, status, detail)
+        document = {"title": error.reason, "status": status, "detail": detail}
         error.text = json.dumps(document, indent=2) + "\n"
         error.content_type = "application/problem+json"
-        if error.status == 503:
-            error.headers["Retry-After"] = "1"
         raise
 
 
@@ -668,17 +656,17 @@ def check_site(request: web.Request) -> None:
     if config.host == "127.0.0.1" and host != public and re.search(r"\.[^.]*[a-zA-Z]", host):
         raise web.HTTPForbidden(text=f"{host} is not this machine (--host, --public-url).")
     origin = request.headers.get("Origin", f"//{host}")
-    request["cors"] = origin in config.allow_origin or "*" in config.allow_origin
+    request["cors"] = not {origin, "*"}.isdisjoint(config.allow_origin)
     if not request["cors"] and origin.partition("//")[2] not in (host, public):
         raise web.HTTPForbidden(text=f"A page of {origin} may not use this (--allow-origin).")
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Tell browsers what they may do with an answer."""
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Vary"] = "Origin"
-    for name in ("Allow-Origin", "Allow-Methods", "Allow-Headers") if request.get("cors") else ():
-        response.headers[f"Access-Control-{name}"] = "*"
+    response.headers.update({"X-Content-Type-Options": "nosniff", "Vary": "Origin"})
+    if request.get("cors"):
+        for name in ("Origin", "Methods", "Headers"):
+            response.headers[f"Access-Control-Allow-{name}"] = "*"
 
 
 # --- The application ---
@@ -769,7 +757,9 @@ def main() -> None:
     config = Config(**vars(make_parser().parse_args()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # When files run out, asyncio would log a hundred tracebacks a second.
-    logging.getLogger("asyncio").addFilter(lambda record: "accept()" not in record.getMessage())
+    out_of_files = re.compile(r"accept\(\)|_start_serving")
+    quiet = logging.getLogger("asyncio").addFilter
+    quiet(lambda record: not out_of_files.search(record.getMessage()))
     try:
         serve(create_app(config))
     except (OSError, OverflowError, ValueError) as error:
