@@ -1,0 +1,413 @@
+"use strict";
+
+const KEEP = 50; // photos on the page
+const LONGEST_SIDE = 2048; // px of a photo that is posted: as much as a projector shows
+const LOOK_SIDE = 480; // px of a frame that is looked at: as much as the detector needs
+const LOOKS_AT_ONCE = 2; // so that one is on its way while the other is looked at
+const FIRST_DELAY = 500, LONGEST_DELAY = 10_000; // ms until it connects again
+
+const $ = (id) => document.getElementById(id);
+const clone = (id) => $(id).content.firstElementChild.cloneNode(true);
+const count = (n, thing) => `${n} ${thing}${n === 1 ? "" : "s"}`;
+const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+
+// --- Watch: the photos, the newest first ---
+
+let photos = []; // their JSON, in the order in which they are shown
+let arrived = []; // those that the websocket brought since it opened
+
+async function watch() {
+  for (let delay = FIRST_DELAY, before = false; ; delay = Math.min(2 * delay, LONGEST_DELAY)) {
+    const socket = new WebSocket(new URL("faces?format=json", location.href.replace(/^http/, "ws")));
+    socket.onmessage = (message) => add(JSON.parse(message.data));
+    socket.onopen = () => {
+      tell("open", before ? "Connected again" : "Connected");
+      delay = FIRST_DELAY;
+      before = true;
+      arrived = [];
+      remember();
+    };
+    await new Promise((closed) => { socket.onclose = closed; });
+    const wait = delay * (1 + Math.random()); // so that a class does not come back all at once
+    tell("away", `The server is away, trying again in ${Math.ceil(wait / 1000)} s`);
+    await pause(wait);
+  }
+}
+
+function tell(state, text) {
+  $("state").className = `quiet ${state}`;
+  $("state").textContent = text;
+}
+
+// Show what the server keeps. What arrived while it was asked is newer than its answer.
+async function remember() {
+  const response = await fetch("image", { cache: "no-store" }).catch(() => null);
+  if (!response?.ok) return show(photos); // those and the new ones are better than nothing
+  const kept = await response.json(), ids = new Set(kept.map((photo) => photo.id));
+  show([...arrived.filter((photo) => !ids.has(photo.id)), ...kept]);
+}
+
+function add(photo) {
+  arrived.unshift(photo);
+  if (photos.some((known) => known.id === photo.id)) return; // remember() was faster
+  show([photo, ...photos]);
+  announce(photo.faces.length);
+}
+
+// Show these photos and no others. The cards that are there already stay as they are.
+function show(list) {
+  photos = list.slice(0, KEEP);
+  $("empty").hidden = photos.length > 0;
+  const cards = new Map([...$("photos").children].map((card) => [card.dataset.id, card]));
+  let next = $("photos").firstElementChild;
+  for (const photo of photos) {
+    const card = cards.get(photo.id) ?? newCard(photo);
+    cards.delete(photo.id);
+    if (card === next) next = card.nextElementSibling;
+    else $("photos").insertBefore(card, next);
+  }
+  for (const card of cards.values()) card.remove();
+}
+
+function newCard(photo) {
+  const card = clone("photo"), get = (selector) => card.querySelector(selector);
+  const name = photo.filename || "a photo", faces = count(photo.faces.length, "face"), img = get("img");
+  card.dataset.id = photo.id;
+  get("a").href = `image/${photo.id}`;
+  [img.alt, img.width, img.height] = [`${name}, ${faces}`, photo.width, photo.height];
+  get(".name").textContent = get(".name").title = name;
+  get(".faces").textContent = faces;
+  get(".size").textContent = `${photo.width}\u00a0×\u00a0${photo.height} px, took ${photo.took_ms}\u00a0ms`;
+  get("button").onclick = () => copy(photo.url, get("button"));
+  near.observe(img);
+  return card;
+}
+
+// --- Pictures: only those near the screen, one at a time, the newest first ---
+
+const wanted = new Set(); // each <img> that is near the screen and not loaded yet
+let loading = false;
+
+const near = new IntersectionObserver((changes) => {
+  for (const { target, isIntersecting } of changes) {
+    if (isIntersecting) wanted.add(target);
+    else wanted.delete(target);
+  }
+  load();
+}, { rootMargin: "300px" });
+
+// On a slow network the older ones wait, or never come.
+async function load() {
+  const newest = () => [...document.querySelectorAll("#photos img")].find((img) => wanted.has(img));
+  if (loading) return;
+  loading = true;
+  for (let img = newest(); img; img = newest()) {
+    wanted.delete(img);
+    near.unobserve(img);
+    img.src = img.closest("a").href;
+    await new Promise((done) => { img.onload = img.onerror = done; });
+  }
+  loading = false;
+}
+
+// --- Links and news ---
+
+async function copy(url, button) {
+  try {
+    await navigator.clipboard.writeText(url);
+  } catch { // by plain http there is no navigator.clipboard
+    const field = document.createElement("textarea");
+    field.value = url;
+    field.className = "unseen";
+    document.body.append(field);
+    field.select();
+    const copied = document.execCommand("copy");
+    field.remove();
+    button.focus();
+    if (!copied) return prompt("Copy this link:", url);
+  }
+  button.textContent = "Copied";
+  await pause(2000);
+  button.textContent = "Copy link";
+}
+
+const news = { photos: 0, faces: 0 };
+
+// Tell a screen reader, at most once in two seconds.
+async function announce(faces) {
+  news.faces += faces;
+  if (news.photos++) return;
+  await pause(2000);
+  $("news").textContent = `${count(news.photos, "new photo")}, ${count(news.faces, "face")}`;
+  news.photos = news.faces = 0;
+}
+
+// --- Messages: they stay until they are dismissed ---
+
+// Say what went wrong with something; that takes the place of what was said about it before.
+function say(about, text, again = null) {
+  unsay(about);
+  const row = clone("refusal"), [retry, dismiss] = row.querySelectorAll("button");
+  row.dataset.about = about;
+  row.querySelector("p").textContent = text;
+  retry.hidden = again === null;
+  retry.onclick = () => { close(row); again(); };
+  dismiss.onclick = () => close(row);
+  $("refusals").prepend(row);
+}
+
+function unsay(about) {
+  for (const row of [...$("refusals").children]) if (row.dataset.about === about) row.remove();
+}
+
+// The focus goes to the next message, and from the last one back to the top.
+function close(row) {
+  const neighbour = row.nextElementSibling ?? row.previousElementSibling;
+  (neighbour?.querySelector(".dismiss") ?? $("choose")).focus();
+  row.remove();
+}
+
+// What a person with a phone can make of an answer: no options of the server, but its numbers.
+function explain(status, detail, size) {
+  const limit = detail?.match(/\d+ (?=Mi?B)/)?.[0];
+  if (status === 0) return "The server cannot be reached. Are you still in its Wi-Fi?";
+  if (status === 408) return "It took too long to arrive. Try again where the Wi-Fi is better.";
+  if (status === 413) return `It has ${Math.ceil(size / 2 ** 20)} MB. The server takes ${limit ?? "less"} MB at most.`;
+  if (status === 503) return "The server has too much to do just now. Try again in a moment.";
+  return detail?.replace(/ \((--|[A-Z_]{5})[^)]*\)/g, "") ?? `The server answered ${status}.`;
+}
+
+// --- Post ---
+
+const list = { last: Promise.resolve(), number: 0, length: 0 };
+
+// Post files one after the other, behind those that are under way.
+function postAll(files) {
+  list.length += files.length;
+  for (const file of files) list.last = list.last.then(() => postNext(file));
+}
+
+async function postNext(file) {
+  const [name, bar] = $("upload").children, about = file.name || "The photo";
+  name.textContent = bar.ariaLabel = ++list.number === list.length && list.length === 1
+    ? about : `${list.number} of ${list.length}: ${about}`;
+  bar.removeAttribute("value"); // not known yet
+  $("upload").hidden = false;
+  unsay(about);
+  const photo = await smaller(file);
+  try {
+    await post(photo, (part) => { bar.value = part; });
+  } catch ({ status, detail }) {
+    const mayPass = [0, 408, 503].includes(status);
+    say(about, `${about}: ${explain(status, detail, photo.size)}`, mayPass ? () => postAll([file]) : null);
+  }
+  if (list.number < list.length) return;
+  $("upload").hidden = true;
+  list.number = list.length = 0;
+}
+
+// Throws the status and the detail of a refusal. fetch() would not tell the progress.
+function post(file, progress) {
+  return new Promise((done, failed) => {
+    const form = new FormData(), request = new XMLHttpRequest();
+    form.append("image", file, file.name);
+    request.upload.onprogress = ({ loaded, total }) => progress(loaded / total);
+    request.responseType = "json";
+    request.onload = () => request.status === 201 ? done()
+      : failed({ status: request.status, detail: request.response?.detail });
+    request.onerror = () => failed({ status: 0 });
+    request.open("POST", "image");
+    request.send(form);
+  });
+}
+
+// A large photo made smaller, and one that the server does not read (HEIC, where the browser does) made a JPEG;
+// any other file as it is.
+async function smaller(file) {
+  const img = new Image();
+  img.src = URL.createObjectURL(file);
+  try {
+    await img.decode(); // upright, by its EXIF
+    const fits = Math.max(img.naturalWidth, img.naturalHeight) <= LONGEST_SIDE;
+    if (fits && /^image\/(jpeg|png|webp|gif)$/.test(file.type)) return file;
+    const jpeg = await toJpeg(img, img.naturalWidth, img.naturalHeight, LONGEST_SIDE, 0.9);
+    return new File([jpeg], `${file.name.replace(/\.\w+$/, "")}.jpg`, { type: "image/jpeg" });
+  } catch {
+    return file; // the browser cannot; perhaps the server can
+  } finally {
+    URL.revokeObjectURL(img.src);
+  }
+}
+
+function toJpeg(source, width, height, longest, quality, canvas = document.createElement("canvas")) {
+  const scale = Math.min(1, longest / Math.max(width, height));
+  [canvas.width, canvas.height] = [Math.round(width * scale), Math.round(height * scale)];
+  const pen = canvas.getContext("2d", { willReadFrequently: true });
+  pen.fillStyle = "white"; // behind what is transparent
+  pen.fillRect(0, 0, canvas.width, canvas.height);
+  pen.imageSmoothingQuality = "high";
+  pen.drawImage(source, 0, 0, canvas.width, canvas.height);
+  return new Promise((done) => canvas.toBlob(done, "image/jpeg", quality));
+}
+
+for (const input of document.querySelectorAll("input[type=file]")) {
+  input.onchange = () => {
+    postAll([...input.files]);
+    input.value = ""; // so that the same file can be chosen again
+  };
+}
+document.onpaste = (event) => postAll([...event.clipboardData.files]);
+document.ondragover = (event) => {
+  event.preventDefault();
+  document.body.classList.toggle("over", event.dataTransfer.types.includes("Files"));
+};
+document.ondragleave = (event) => { if (event.relatedTarget === null) document.body.classList.remove("over"); };
+document.ondrop = (event) => {
+  event.preventDefault();
+  document.body.classList.remove("over");
+  postAll([...event.dataTransfer.files]);
+};
+
+// --- The live camera: the video stays here, small copies of its frames are looked at by the server ---
+
+const video = document.querySelector("video"), boxes = document.querySelector("canvas");
+const camera = { stream: null, starting: false, fresh: false, waiting: [], sent: 0, drawn: 0, times: [] };
+
+async function startCamera() {
+  unsay("camera");
+  if (!navigator.mediaDevices) {
+    const here = `http://localhost${location.port && `:${location.port}`}`;
+    return say("camera", "Browsers give the live camera only to pages by https, or on the server's own machine at "
+      + `${here}. Here, take a photo or choose one instead.`);
+  }
+  if (camera.starting) return; // not disabled meanwhile, which would lose the focus
+  camera.starting = true;
+  try {
+    const wish = { facingMode: "user", width: { ideal: 1280 }, height: { ideal: 720 } };
+    camera.stream = await navigator.mediaDevices.getUserMedia({ video: wish });
+    video.srcObject = camera.stream;
+    $("camera").hidden = false;
+    await video.play();
+  } catch (error) {
+    const words = {
+      NotAllowedError: "The browser was not allowed to use the camera. Allow it beside the page's address.",
+      NotFoundError: "There is no camera.",
+      NotReadableError: "Another program has the camera.",
+    };
+    return stopCamera(words[error.name] ?? `The camera does not start: ${error.message}`);
+  } finally {
+    camera.starting = false;
+  }
+  const [track] = camera.stream.getVideoTracks();
+  track.onended = () => stopCamera("The camera went away.");
+  // As people know themselves from a mirror; but not what the camera on a phone's back sees.
+  document.querySelector(".view").classList.toggle("mirrored", track.getSettings().facingMode !== "environment");
+  $("live").textContent = "Stop the camera";
+  if (document.hidden) return stopCamera("The camera stopped, as the page was hidden.");
+  watchFrames(camera.stream);
+  for (let i = 0; i < LOOKS_AT_ONCE; i++) look(camera.stream);
+}
+
+function stopCamera(why = "") {
+  for (const track of camera.stream?.getTracks() ?? []) track.stop();
+  camera.stream = video.srcObject = null;
+  camera.times = [];
+  $("live").textContent = "Live camera";
+  $("seen").textContent = "Looking";
+  $("rate").textContent = "0";
+  $("camera").hidden = true;
+  draw([], 1);
+  for (const goOn of camera.waiting.splice(0)) goOn(); // to see that it stopped
+  if (why) say("camera", why);
+}
+
+// Hand each new frame to one that waits for it.
+function watchFrames(stream) {
+  if (camera.stream !== stream) return;
+  camera.fresh = true;
+  if (camera.waiting.length) camera.waiting.shift()();
+  const onFrame = video.requestVideoFrameCallback ? "requestVideoFrameCallback" : null; // not in old browsers
+  (onFrame ? video[onFrame].bind(video) : requestAnimationFrame)(() => watchFrames(stream));
+}
+
+async function newFrame() {
+  if (!camera.fresh) await new Promise((goOn) => camera.waiting.push(goOn));
+  camera.fresh = false;
+}
+
+// Have the server look at frame after frame. Two of these run, each with one request under way.
+async function look(stream) {
+  const canvas = document.createElement("canvas");
+  for (;;) {
+    await newFrame();
+    if (camera.stream !== stream) return;
+    const number = ++camera.sent;
+    const frame = await toJpeg(video, video.videoWidth, video.videoHeight, LOOK_SIDE, 0.8, canvas);
+    const response = await fetch("detect", { method: "POST", body: frame }).catch(() => null);
+    const answer = await response?.json().catch(() => null);
+    if (camera.stream !== stream) return;
+    if (response?.ok) {
+      tellRate();
+      if (number < camera.drawn) continue; // a newer one was faster
+      camera.drawn = number;
+      draw(answer.faces, video.videoWidth / answer.width);
+      $("seen").textContent = count(answer.faces.length, "face");
+    } else if (!response || response.status === 503) { // it goes on as soon as the server can
+      draw([], 1);
+      $("seen").textContent = response ? "The server is busy" : "The server is away";
+      await pause(1000);
+    } else {
+      return stopCamera(`The camera stopped. ${explain(response.status, answer?.detail, frame.size)}`);
+    }
+  }
+}
+
+function draw(faces, scale) {
+  if (boxes.width !== video.videoWidth || boxes.height !== video.videoHeight) {
+    [boxes.width, boxes.height] = [video.videoWidth, video.videoHeight];
+  }
+  const pen = boxes.getContext("2d"), line = Math.max(2, boxes.width / 200);
+  pen.clearRect(0, 0, boxes.width, boxes.height);
+  for (const [color, width] of [["#000", 2 * line], ["#0f0", line]]) { // a black edge, to stand out from green
+    [pen.strokeStyle, pen.lineWidth] = [color, width];
+    for (const face of faces) pen.strokeRect(...[face.x, face.y, face.width, face.height].map((n) => n * scale));
+  }
+  boxes.ariaLabel = `Your camera, ${count(faces.length, "face")}`;
+}
+
+function tellRate() {
+  const now = performance.now(), times = camera.times;
+  times.push(now);
+  while (times.length > 2 && now - times[0] > 2000) times.shift();
+  if (times.length > 1) $("rate").textContent = Math.round(1000 * (times.length - 1) / (now - times[0]));
+}
+
+$("live").onclick = () => camera.stream ? stopCamera() : startCamera();
+$("shoot").onclick = async () => {
+  const picture = await toJpeg(video, video.videoWidth, video.videoHeight, LONGEST_SIDE, 0.9);
+  postAll([new File([picture], "camera.jpg", { type: "image/jpeg" })]);
+};
+document.onvisibilitychange = () => {
+  if (document.hidden && camera.stream) stopCamera("The camera stopped, as the page was hidden.");
+};
+
+// --- Words that depend on where the page is ---
+
+if (!navigator.mediaDevices) {
+  const hint = document.createElement("small"), touch = matchMedia("(pointer: coarse)").matches;
+  hint.textContent = touch ? "needs https: take a photo instead" : "needs https, or localhost";
+  $("live").append(hint);
+}
+$("curl").textContent = `curl -F image=@photo.jpg ${new URL("image", location.href)}`;
+if (/^(localhost|127\.[\d.]+|\[::1\])$/.test(location.hostname)) {
+  $("others").textContent = "This page's address is good on this machine alone. Start the server with --host 0.0.0.0 "
+    + "and open the page by the machine's address in the Wi-Fi; then it stands here for all to type.";
+} else {
+  const address = document.createElement("strong");
+  address.textContent = $("address").lastChild.textContent = (location.origin + location.pathname).replace(/\/$/, "");
+  $("join").textContent = "Join in at";
+  $("others").append(address);
+  $("address").hidden = false;
+}
+
+watch();
