@@ -1,6 +1,13 @@
 "use strict";
 
-if (window.SwaggerUIBundle) { // it is missing without internet
-  document.documentElement.classList.toggle("dark-mode", matchMedia("(prefers-color-scheme: dark)").matches);
-  SwaggerUIBundle({ dom_id: "#docs", url: "openapi.json", tryItOutEnabled: true, validatorUrl: null });
+// Without internet there is no SwaggerUIBundle.
+if (window.SwaggerUIBundle) {
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  document.documentElement.classList.toggle("dark-mode", dark);
+  SwaggerUIBundle({
+    dom_id: "#docs",
+    url: "openapi.json",
+    tryItOutEnabled: true,
+    validatorUrl: null,
+  });
 }

@@ -4,12 +4,16 @@ const KEEP = 50; // photos on the page
 const LONGEST_SIDE = 2048; // px of a photo that is posted: as much as a projector shows
 const LOOK_SIDE = 480; // px of a frame that is looked at: as much as the detector needs
 const LOOKS_AT_ONCE = 2; // so that one is on its way while the other is looked at
-const FIRST_DELAY = 500, LONGEST_DELAY = 10_000; // ms until it connects again
+const LONGEST_LOOK = 10_000; // ms until a look is given up
+const FIRST_DELAY = 500; // ms until it connects again, and each time twice as long
+const LONGEST_DELAY = 10_000;
 
 const $ = (id) => document.getElementById(id);
 const clone = (id) => $(id).content.firstElementChild.cloneNode(true);
 const count = (n, thing) => `${n} ${thing}${n === 1 ? "" : "s"}`;
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+const once = (target, name) =>
+  new Promise((done) => target.addEventListener(name, done, { once: true }));
 
 // --- Watch: the photos, the newest first ---
 
@@ -18,7 +22,8 @@ let arrived = []; // those that the websocket brought since it opened
 
 async function watch() {
   for (let delay = FIRST_DELAY, before = false; ; delay = Math.min(2 * delay, LONGEST_DELAY)) {
-    const socket = new WebSocket(new URL("faces?format=json", location.href.replace(/^http/, "ws")));
+    const url = new URL("faces?format=json", location.href.replace(/^http/, "ws"));
+    const socket = new WebSocket(url);
     socket.onmessage = (message) => add(JSON.parse(message.data));
     socket.onopen = () => {
       tell("open", before ? "Connected again" : "Connected");
@@ -27,10 +32,11 @@ async function watch() {
       arrived = [];
       remember();
     };
-    await new Promise((closed) => { socket.onclose = closed; });
+    await once(socket, "close");
     const wait = delay * (1 + Math.random()); // so that a class does not come back all at once
     tell("away", `The server is away, trying again in ${Math.ceil(wait / 1000)} s`);
-    await pause(wait);
+    // A phone that comes out of its pocket, or into the Wi-Fi again, need not wait.
+    await Promise.race([pause(wait), once(document, "visibilitychange"), once(window, "online")]);
   }
 }
 
@@ -43,7 +49,8 @@ function tell(state, text) {
 async function remember() {
   const response = await fetch("image", { cache: "no-store" }).catch(() => null);
   if (!response?.ok) return show(photos); // those and the new ones are better than nothing
-  const kept = await response.json(), ids = new Set(kept.map((photo) => photo.id));
+  const kept = await response.json();
+  const ids = new Set(kept.map((photo) => photo.id));
   show([...arrived.filter((photo) => !ids.has(photo.id)), ...kept]);
 }
 
@@ -70,14 +77,20 @@ function show(list) {
 }
 
 function newCard(photo) {
-  const card = clone("photo"), get = (selector) => card.querySelector(selector);
-  const name = photo.filename || "a photo", faces = count(photo.faces.length, "face"), img = get("img");
+  const card = clone("photo");
+  const get = (selector) => card.querySelector(selector);
+  const name = photo.filename || "a photo";
+  const faces = count(photo.faces.length, "face");
+  const img = get("img");
   card.dataset.id = photo.id;
   get("a").href = `image/${photo.id}`;
-  [img.alt, img.width, img.height] = [`${name}, ${faces}`, photo.width, photo.height];
+  img.alt = `${name}, ${faces}`;
+  img.width = photo.width; // so that its room is there before it
+  img.height = photo.height;
   get(".name").textContent = get(".name").title = name;
   get(".faces").textContent = faces;
-  get(".size").textContent = `${photo.width}\u00a0×\u00a0${photo.height} px, took ${photo.took_ms}\u00a0ms`;
+  const size = `${photo.width} × ${photo.height} px`.replaceAll(" ", "\u00a0"); // on one line
+  get(".size").textContent = `${size}, took ${photo.took_ms}\u00a0ms`;
   get("button").onclick = () => copy(photo.url, get("button"));
   near.observe(img);
   return card;
@@ -88,13 +101,16 @@ function newCard(photo) {
 const wanted = new Set(); // each <img> that is near the screen and not loaded yet
 let loading = false;
 
-const near = new IntersectionObserver((changes) => {
-  for (const { target, isIntersecting } of changes) {
-    if (isIntersecting) wanted.add(target);
-    else wanted.delete(target);
-  }
-  load();
-}, { rootMargin: "300px" });
+const near = new IntersectionObserver(
+  (changes) => {
+    for (const { target, isIntersecting } of changes) {
+      if (isIntersecting) wanted.add(target);
+      else wanted.delete(target);
+    }
+    load();
+  },
+  { rootMargin: "300px" },
+);
 
 // On a slow network the older ones wait, or never come.
 async function load() {
@@ -105,7 +121,7 @@ async function load() {
     wanted.delete(img);
     near.unobserve(img);
     img.src = img.closest("a").href;
-    await new Promise((done) => { img.onload = img.onerror = done; });
+    await Promise.race([once(img, "load"), once(img, "error")]);
   }
   loading = false;
 }
@@ -115,7 +131,8 @@ async function load() {
 async function copy(url, button) {
   try {
     await navigator.clipboard.writeText(url);
-  } catch { // by plain http there is no navigator.clipboard
+  } catch {
+    // By plain http there is no navigator.clipboard, but there is the old way.
     const field = document.createElement("textarea");
     field.value = url;
     field.className = "unseen";
@@ -144,20 +161,18 @@ async function announce(faces) {
 
 // --- Messages: they stay until they are dismissed ---
 
-// Say what went wrong with something; that takes the place of what was said about it before.
-function say(about, text, again = null) {
-  unsay(about);
-  const row = clone("refusal"), [retry, dismiss] = row.querySelectorAll("button");
-  row.dataset.about = about;
+function say(text, again = null) {
+  const row = clone("refusal");
+  const [retry, dismiss] = row.querySelectorAll("button");
   row.querySelector("p").textContent = text;
   retry.hidden = again === null;
-  retry.onclick = () => { close(row); again(); };
+  retry.onclick = () => {
+    close(row);
+    again();
+  };
   dismiss.onclick = () => close(row);
   $("refusals").prepend(row);
-}
-
-function unsay(about) {
-  for (const row of [...$("refusals").children]) if (row.dataset.about === about) row.remove();
+  return row;
 }
 
 // The focus goes to the next message, and from the last one back to the top.
@@ -167,12 +182,18 @@ function close(row) {
   row.remove();
 }
 
-// What a person with a phone can make of an answer: no options of the server, but its numbers.
+$("dismiss").onclick = () => {
+  $("refusals").replaceChildren();
+  $("choose").focus();
+};
+
+// Say it to a person with a phone: without the options of the server, but with its numbers.
 function explain(status, detail, size) {
-  const limit = detail?.match(/\d+ (?=Mi?B)/)?.[0];
+  const sizeMB = Math.ceil(size / 2 ** 20);
+  const limit = detail?.match(/\d+ Mi?B/)?.[0].replace("i", "") ?? "less";
   if (status === 0) return "The server cannot be reached. Are you still in its Wi-Fi?";
   if (status === 408) return "It took too long to arrive. Try again where the Wi-Fi is better.";
-  if (status === 413) return `It has ${Math.ceil(size / 2 ** 20)} MB. The server takes ${limit ?? "less"} MB at most.`;
+  if (status === 413) return `It has ${sizeMB} MB. The server takes ${limit} at most.`;
   if (status === 503) return "The server has too much to do just now. Try again in a moment.";
   return detail?.replace(/ \((--|[A-Z_]{5})[^)]*\)/g, "") ?? `The server answered ${status}.`;
 }
@@ -188,18 +209,20 @@ function postAll(files) {
 }
 
 async function postNext(file) {
-  const [name, bar] = $("upload").children, about = file.name || "The photo";
-  name.textContent = bar.ariaLabel = ++list.number === list.length && list.length === 1
-    ? about : `${list.number} of ${list.length}: ${about}`;
+  const [words, bar] = $("upload").children;
+  const name = file.name || "The photo";
+  list.number++;
+  words.textContent = list.length === 1 ? name : `${list.number} of ${list.length}: ${name}`;
+  bar.ariaLabel = words.textContent;
   bar.removeAttribute("value"); // not known yet
   $("upload").hidden = false;
-  unsay(about);
   const photo = await smaller(file);
   try {
-    await post(photo, (part) => { bar.value = part; });
+    await post(photo, (part) => (bar.value = part));
   } catch ({ status, detail }) {
     const mayPass = [0, 408, 503].includes(status);
-    say(about, `${about}: ${explain(status, detail, photo.size)}`, mayPass ? () => postAll([file]) : null);
+    const again = mayPass ? () => postAll([file]) : null;
+    say(`${name}: ${explain(status, detail, photo.size)}`, again);
   }
   if (list.number < list.length) return;
   $("upload").hidden = true;
@@ -209,28 +232,31 @@ async function postNext(file) {
 // Throws the status and the detail of a refusal. fetch() would not tell the progress.
 function post(file, progress) {
   return new Promise((done, failed) => {
-    const form = new FormData(), request = new XMLHttpRequest();
+    const form = new FormData();
     form.append("image", file, file.name);
+    const request = new XMLHttpRequest();
     request.upload.onprogress = ({ loaded, total }) => progress(loaded / total);
     request.responseType = "json";
-    request.onload = () => request.status === 201 ? done()
-      : failed({ status: request.status, detail: request.response?.detail });
-    request.onerror = () => failed({ status: 0 });
+    request.onloadend = () => {
+      if (request.status === 201) done();
+      else failed({ status: request.status, detail: request.response?.detail });
+    };
     request.open("POST", "image");
     request.send(form);
   });
 }
 
-// A large photo made smaller, and one that the server does not read (HEIC, where the browser does) made a JPEG;
-// any other file as it is.
+// Make a large photo smaller, and one that the server cannot read a JPEG (HEIC, where the browser
+// can). Any other file stays as it is.
 async function smaller(file) {
   const img = new Image();
   img.src = URL.createObjectURL(file);
   try {
     await img.decode(); // upright, by its EXIF
-    const fits = Math.max(img.naturalWidth, img.naturalHeight) <= LONGEST_SIDE;
-    if (fits && /^image\/(jpeg|png|webp|gif)$/.test(file.type)) return file;
-    const jpeg = await toJpeg(img, img.naturalWidth, img.naturalHeight, LONGEST_SIDE, 0.9);
+    const { naturalWidth: width, naturalHeight: height } = img;
+    const readable = /^image\/(jpeg|png|webp|gif)$/.test(file.type);
+    if (readable && Math.max(width, height) <= LONGEST_SIDE) return file;
+    const jpeg = await toJpeg(img, width, height, LONGEST_SIDE, 0.9);
     return new File([jpeg], `${file.name.replace(/\.\w+$/, "")}.jpg`, { type: "image/jpeg" });
   } catch {
     return file; // the browser cannot; perhaps the server can
@@ -239,9 +265,12 @@ async function smaller(file) {
   }
 }
 
-function toJpeg(source, width, height, longest, quality, canvas = document.createElement("canvas")) {
+// Make a JPEG of an image or a video, its longer side no longer than `longest`.
+function toJpeg(source, width, height, longest, quality) {
   const scale = Math.min(1, longest / Math.max(width, height));
-  [canvas.width, canvas.height] = [Math.round(width * scale), Math.round(height * scale)];
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.round(width * scale);
+  canvas.height = Math.round(height * scale);
   const pen = canvas.getContext("2d", { willReadFrequently: true });
   pen.fillStyle = "white"; // behind what is transparent
   pen.fillRect(0, 0, canvas.width, canvas.height);
@@ -261,24 +290,38 @@ document.ondragover = (event) => {
   event.preventDefault();
   document.body.classList.toggle("over", event.dataTransfer.types.includes("Files"));
 };
-document.ondragleave = (event) => { if (event.relatedTarget === null) document.body.classList.remove("over"); };
+document.ondragleave = (event) => {
+  if (event.relatedTarget === null) document.body.classList.remove("over");
+};
 document.ondrop = (event) => {
   event.preventDefault();
   document.body.classList.remove("over");
   postAll([...event.dataTransfer.files]);
 };
 
-// --- The live camera: the video stays here, small copies of its frames are looked at by the server ---
+// --- The live camera: the video stays here, the server looks at small copies of its frames ---
 
-const video = document.querySelector("video"), boxes = document.querySelector("canvas");
-const camera = { stream: null, starting: false, fresh: false, waiting: [], sent: 0, drawn: 0, times: [] };
+const video = document.querySelector("video");
+const boxes = document.querySelector("canvas");
+const camera = {
+  stream: null, // while it is on
+  starting: false,
+  fresh: false, // whether there is a frame that nobody has looked at
+  waiting: [], // those who wait for such a frame
+  sent: 0, // the number of the newest frame under way
+  drawn: 0, // that of the one whose boxes are shown
+  times: [], // when the last looks were answered
+  message: null, // why it is off
+};
 
 async function startCamera() {
-  unsay("camera");
+  camera.message?.remove();
   if (!navigator.mediaDevices) {
     const here = `http://localhost${location.port && `:${location.port}`}`;
-    return say("camera", "Browsers give the live camera only to pages by https, or on the server's own machine at "
-      + `${here}. Here, take a photo or choose one instead.`);
+    return stopCamera(
+      "Browsers give the live camera only to pages by https, or on the server's own machine at " +
+        `${here}. Here, take a photo or choose one instead.`,
+    );
   }
   if (camera.starting) return; // not disabled meanwhile, which would lose the focus
   camera.starting = true;
@@ -290,7 +333,9 @@ async function startCamera() {
     await video.play();
   } catch (error) {
     const words = {
-      NotAllowedError: "The browser was not allowed to use the camera. Allow it beside the page's address.",
+      AbortError: "", // it was stopped before it started
+      NotAllowedError:
+        "The browser was not allowed to use the camera. Allow it beside the page's address.",
       NotFoundError: "There is no camera.",
       NotReadableError: "Another program has the camera.",
     };
@@ -301,8 +346,9 @@ async function startCamera() {
   const [track] = camera.stream.getVideoTracks();
   track.onended = () => stopCamera("The camera went away.");
   // As people know themselves from a mirror; but not what the camera on a phone's back sees.
-  document.querySelector(".view").classList.toggle("mirrored", track.getSettings().facingMode !== "environment");
-  $("live").textContent = "Stop the camera";
+  const onTheBack = track.getSettings().facingMode === "environment";
+  document.querySelector(".view").classList.toggle("mirrored", !onTheBack);
+  $("live").firstChild.data = "Stop the camera";
   if (document.hidden) return stopCamera("The camera stopped, as the page was hidden.");
   watchFrames(camera.stream);
   for (let i = 0; i < LOOKS_AT_ONCE; i++) look(camera.stream);
@@ -312,22 +358,25 @@ function stopCamera(why = "") {
   for (const track of camera.stream?.getTracks() ?? []) track.stop();
   camera.stream = video.srcObject = null;
   camera.times = [];
-  $("live").textContent = "Live camera";
+  $("live").firstChild.data = "Live camera";
   $("seen").textContent = "Looking";
   $("rate").textContent = "0";
   $("camera").hidden = true;
   draw([], 1);
   for (const goOn of camera.waiting.splice(0)) goOn(); // to see that it stopped
-  if (why) say("camera", why);
+  camera.message?.remove();
+  camera.message = why ? say(why) : null;
 }
 
 // Hand each new frame to one that waits for it.
 function watchFrames(stream) {
   if (camera.stream !== stream) return;
-  camera.fresh = true;
-  if (camera.waiting.length) camera.waiting.shift()();
-  const onFrame = video.requestVideoFrameCallback ? "requestVideoFrameCallback" : null; // not in old browsers
-  (onFrame ? video[onFrame].bind(video) : requestAnimationFrame)(() => watchFrames(stream));
+  const goOn = camera.waiting.shift();
+  if (goOn) goOn();
+  else camera.fresh = true;
+  const next = () => watchFrames(stream);
+  if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(next);
+  else requestAnimationFrame(next); // in old browsers, where a frame may come twice
 }
 
 async function newFrame() {
@@ -337,13 +386,13 @@ async function newFrame() {
 
 // Have the server look at frame after frame. Two of these run, each with one request under way.
 async function look(stream) {
-  const canvas = document.createElement("canvas");
   for (;;) {
     await newFrame();
     if (camera.stream !== stream) return;
     const number = ++camera.sent;
-    const frame = await toJpeg(video, video.videoWidth, video.videoHeight, LOOK_SIDE, 0.8, canvas);
-    const response = await fetch("detect", { method: "POST", body: frame }).catch(() => null);
+    const frame = await toJpeg(video, video.videoWidth, video.videoHeight, LOOK_SIDE, 0.8);
+    const request = { method: "POST", body: frame, signal: AbortSignal.timeout(LONGEST_LOOK) };
+    const response = await fetch("detect", request).catch(() => null);
     const answer = await response?.json().catch(() => null);
     if (camera.stream !== stream) return;
     if (response?.ok) {
@@ -352,37 +401,46 @@ async function look(stream) {
       camera.drawn = number;
       draw(answer.faces, video.videoWidth / answer.width);
       $("seen").textContent = count(answer.faces.length, "face");
-    } else if (!response || response.status === 503) { // it goes on as soon as the server can
+    } else if (!response || response.status === 503) {
       draw([], 1);
       $("seen").textContent = response ? "The server is busy" : "The server is away";
-      await pause(1000);
+      await pause(1000); // and then it tries again
     } else {
-      return stopCamera(`The camera stopped. ${explain(response.status, answer?.detail, frame.size)}`);
+      const why = explain(response.status, answer?.detail, frame.size);
+      return stopCamera(`The camera stopped. ${why}`);
     }
   }
 }
 
 function draw(faces, scale) {
   if (boxes.width !== video.videoWidth || boxes.height !== video.videoHeight) {
-    [boxes.width, boxes.height] = [video.videoWidth, video.videoHeight];
+    boxes.width = video.videoWidth;
+    boxes.height = video.videoHeight;
   }
-  const pen = boxes.getContext("2d"), line = Math.max(2, boxes.width / 200);
+  const pen = boxes.getContext("2d");
+  const line = Math.max(2, boxes.width / 200);
   pen.clearRect(0, 0, boxes.width, boxes.height);
-  for (const [color, width] of [["#000", 2 * line], ["#0f0", line]]) { // a black edge, to stand out from green
-    [pen.strokeStyle, pen.lineWidth] = [color, width];
-    for (const face of faces) pen.strokeRect(...[face.x, face.y, face.width, face.height].map((n) => n * scale));
+  pen.scale(scale, scale);
+  for (const black of [true, false]) {
+    // A black edge, to stand out from what is green itself.
+    pen.strokeStyle = black ? "black" : "lime";
+    pen.lineWidth = (black ? 2 * line : line) / scale;
+    for (const face of faces) pen.strokeRect(face.x, face.y, face.width, face.height);
   }
+  pen.resetTransform();
   boxes.ariaLabel = `Your camera, ${count(faces.length, "face")}`;
 }
 
 function tellRate() {
-  const now = performance.now(), times = camera.times;
+  const { times } = camera;
+  const now = performance.now();
   times.push(now);
   while (times.length > 2 && now - times[0] > 2000) times.shift();
-  if (times.length > 1) $("rate").textContent = Math.round(1000 * (times.length - 1) / (now - times[0]));
+  const seconds = (now - times[0]) / 1000;
+  if (seconds > 0) $("rate").textContent = Math.round((times.length - 1) / seconds);
 }
 
-$("live").onclick = () => camera.stream ? stopCamera() : startCamera();
+$("live").onclick = () => (camera.stream ? stopCamera() : startCamera());
 $("shoot").onclick = async () => {
   const picture = await toJpeg(video, video.videoWidth, video.videoHeight, LONGEST_SIDE, 0.9);
   postAll([new File([picture], "camera.jpg", { type: "image/jpeg" })]);
@@ -394,19 +452,22 @@ document.onvisibilitychange = () => {
 // --- Words that depend on where the page is ---
 
 if (!navigator.mediaDevices) {
-  const hint = document.createElement("small"), touch = matchMedia("(pointer: coarse)").matches;
+  const hint = document.createElement("small");
+  const touch = matchMedia("(pointer: coarse)").matches;
   hint.textContent = touch ? "needs https: take a photo instead" : "needs https, or localhost";
   $("live").append(hint);
 }
 $("curl").textContent = `curl -F image=@photo.jpg ${new URL("image", location.href)}`;
 if (/^(localhost|127\.[\d.]+|\[::1\])$/.test(location.hostname)) {
-  $("others").textContent = "This page's address is good on this machine alone. Start the server with --host 0.0.0.0 "
-    + "and open the page by the machine's address in the Wi-Fi; then it stands here for all to type.";
+  $("others").textContent =
+    "This page's address is good on this machine alone. Start the server with --host 0.0.0.0 " +
+    "and open the page by the machine's address in the Wi-Fi; then it stands here for all.";
 } else {
-  const address = document.createElement("strong");
-  address.textContent = $("address").lastChild.textContent = (location.origin + location.pathname).replace(/\/$/, "");
+  const address = (location.origin + location.pathname).replace(/\/$/, "");
   $("join").textContent = "Join in at";
-  $("others").append(address);
+  for (const place of [$("others"), $("address")]) {
+    place.append(Object.assign(document.createElement("strong"), { textContent: address }));
+  }
   $("address").hidden = false;
 }
 
