@@ -34,7 +34,7 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
     "--use-fake-device-for-media-stream",
-    "--host-resolver-rules=MAP faces.test 127.0.0.1",  # a name that is not localhost, so that http is not trusted
+    "--host-resolver-rules=MAP classroom 127.0.0.1",  # a name that is not localhost, so that http is not trusted
 ]
 
 
