@@ -14,18 +14,18 @@ async def main(file: str) -> None:
     """Post some photos while a page watches, then take a picture of it."""
     photo = cv2.imread(str(ASTRONAUT))
     portrait, mirrored = photo[:384, 60:348], cv2.flip(photo, 1)
-    crew = np.hstack([portrait, cv2.flip(portrait, 1)])
-    grey = cv2.cvtColor(photo[:400], cv2.COLOR_BGR2GRAY)
     photos = {
-        "grey.jpg": grey,
+        "grey.jpg": cv2.cvtColor(photo[:400], cv2.COLOR_BGR2GRAY),
         "mirrored.jpg": mirrored,
         "portrait.jpg": portrait,
         "astronaut.jpg": photo,
-        "crew.jpg": crew,
+        "small.jpg": photo[20:260, 100:340],
+        "crew.jpg": np.hstack([portrait, cv2.flip(portrait, 1)]),
     }
     with tempfile.TemporaryDirectory() as folder:
-        async with chromium(film(Path(folder) / "camera.mjpeg")) as browser, serving() as url:
-            page = await browser.new_page(viewport={"width": 1280, "height": 1105})
+        camera = film(Path(folder) / "camera.mjpeg")
+        async with chromium(camera) as browser, serving() as url:
+            page = await browser.new_page(viewport={"width": 1280, "height": 720})
             await page.goto(url)
             await expect(page.locator("#state")).to_have_text("Connected")
             for name, pixels in photos.items():
@@ -33,7 +33,7 @@ async def main(file: str) -> None:
             await expect(page.locator("#photos img")).to_have_count(len(photos))
             for image in await page.locator("#photos img").all():
                 await expect(image).not_to_have_js_property("naturalWidth", 0)
-            await page.screenshot(path=file, type="jpeg", quality=85)
+            await page.screenshot(path=file, type="jpeg", quality=85, full_page=True)
 
 
 if __name__ == "__main__":
