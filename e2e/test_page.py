@@ -292,7 +292,7 @@ async def test_what_the_browser_cannot_read_goes_as_it_is(
     (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     page = await connected(await visit(server))
     await choose(page, tmp_path / "IMG_1.HEIC")
-    await expect(page.locator("#refusals p")).to_contain_text("IMG_1.HEIC: This is a HEIC photo")
+    await expect(page.locator("#refusals p")).to_contain_text(re.compile("^IMG_1.HEIC: .*HEIC"))
 
 
 # --- Errors ---
@@ -301,8 +301,8 @@ async def test_what_the_browser_cannot_read_goes_as_it_is(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"a poem", "This is no JPEG, PNG, WebP or GIF."),
-        (ASTRONAUT.read_bytes()[:5000], "The photo is damaged or cut short."),
+        (b"a poem", "JPEG, PNG, WebP or GIF"),
+        (ASTRONAUT.read_bytes()[:5000], "damaged"),
         (bytes(21 * 2**20), "It has 21 MB. The server takes 20 MB at most."),
     ],
     ids=["a poem", "damaged", "too large"],
@@ -313,7 +313,8 @@ async def test_a_refusal_speaks_to_a_person(
     (tmp_path / "photo.jpg").write_bytes(content)
     page = await connected(await visit(server))
     await choose(page, tmp_path / "photo.jpg", ASTRONAUT)
-    await expect(page.locator("#refusals p")).to_have_text([f"photo.jpg: {words}"])
+    await expect(page.locator("#refusals p")).to_have_text([re.compile(f"^photo.jpg: .*{words}")])
+    await expect(page.locator("#refusals p")).not_to_contain_text("--")  # no option of the server
     await names(page).to_have_text(["astronaut.jpg"])  # the next one follows all the same
 
 
