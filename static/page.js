@@ -189,12 +189,15 @@ $("dismiss").onclick = () => {
 
 // Say it to a person with a phone: without the options of the server, but with its numbers.
 function explain(status, detail, size) {
-  const sizeMB = Math.ceil(size / 2 ** 20);
-  const limit = detail?.match(/\d+ Mi?B/)?.[0].replace("i", "") ?? "less";
   if (status === 0) return "The server cannot be reached. Are you still in its Wi-Fi?";
   if (status === 408) return "It took too long to arrive. Try again where the Wi-Fi is better.";
-  if (status === 413) return `It has ${sizeMB} MB. The server takes ${limit} at most.`;
   if (status === 503) return "The server has too much to do just now. Try again in a moment.";
+  if (status === 413) {
+    const number = Number(detail?.match(/\d+/)?.[0]); // in bytes or in MB
+    const limit = Math.round(number < 2 ** 20 ? number : number / 2 ** 20);
+    const takes = limit ? `The server takes ${limit} MB at most.` : "The server takes less.";
+    return `It has ${Math.ceil(size / 2 ** 20)} MB. ${takes}`;
+  }
   return detail?.replace(/ \((--|[A-Z_]{5})[^)]*\)/g, "") ?? `The server answered ${status}.`;
 }
 
