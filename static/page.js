@@ -323,7 +323,7 @@ async function startCamera() {
     const here = `http://localhost${location.port && `:${location.port}`}`;
     return stopCamera(
       "Browsers give the live camera only to pages by https, or on the server's own machine at " +
-        `${here}. Here, take a photo or choose one instead.`,
+        `${here}. Here, post a photo instead.`,
     );
   }
   if (camera.starting) return; // not disabled meanwhile, which would lose the focus
@@ -464,7 +464,7 @@ $("curl").textContent = `curl -F image=@photo.jpg ${new URL("image", location.hr
 if (/^(localhost|127\.[\d.]+|\[::1\])$/.test(location.hostname)) {
   $("others").textContent =
     "This page's address is good on this machine alone. Start the server with --host 0.0.0.0 " +
-    "and open the page by the machine's address in the Wi-Fi; then it stands here for all.";
+    "and open the address that it prints; then it stands here for all.";
 } else {
   const address = (location.origin + location.pathname).replace(/\/$/, "");
   $("join").textContent = "Join in at";
