@@ -444,7 +444,8 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
         writer_limit=sys.maxsize,  # send_str() never waits; announce() looks at the buffer
     )
     if not transport or not websocket.can_prepare(request):
-        raise web.HTTPUpgradeRequired(text="This is a websocket: wscat -c ws://...")
+        headers = {"Upgrade": "websocket"}
+        raise web.HTTPUpgradeRequired(text="Connect with wscat -c ws://...", headers=headers)
     if len(watchers) >= request.app[CONFIG].max_clients:
         raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
 
@@ -574,14 +575,14 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
     aiohttp's reader would hold up everybody for seconds on a preamble of short lines.
     """
     boundary = content_type.partition("boundary=")[2].partition(";")[0].strip('" ')
-    _, *parts, end = (b"\r\n" + form).split(b"\r\n--" + boundary.encode(errors="replace"), 1000)
+    parts = (b"\r\n" + form).split(b"\r\n--" + boundary.encode(errors="replace"), 1000)
     files = []
-    for part in parts:
+    for part in parts[1:]:
         headers, _, content = part.partition(b"\r\n\r\n")
         name = re.search(rb'; *filename\*?=("[^"]*"|[^;\s]*)', headers, re.IGNORECASE)
         if name and content:
             files.append((name[1].strip(b'"').decode(errors="replace"), content))
-    if len(files) != 1 or not end.startswith(b"--"):
+    if len(files) != 1 or not parts[-1].startswith(b"--"):
         raise web.HTTPBadRequest(text="The form must have one file, and be complete.")
     return files[0]
 
@@ -635,7 +636,7 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
         if error is request.match_info.http_exception:
             detail = "There is nothing here; GET / tells what there is."
         if status == 413:
-            detail = f"{detail} (--max-mb)"
+            detail = f"The body is over {request.app[CONFIG].max_mb} MiB (--max-mb)."
         if status == 503:
             error.headers["Retry-After"] = "1"
         log.info("%s %s %r: %d %s", request.remote, request.method, request.path, status, detail)
@@ -663,6 +664,8 @@ def check_site(request: web.Request) -> None:
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Tell browsers what they may do with an answer."""
+    response.headers.setdefault("Cache-Control", "no-cache")
+    response.headers["Content-Security-Policy"] = "frame-ancestors 'none'"
     response.headers.update({"X-Content-Type-Options": "nosniff", "Vary": "Origin"})
     if request.get("cors"):
         for name in ("Origin", "Methods", "Headers"):
@@ -727,7 +730,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-clients", type=int, help="watchers at a time")
     add("--model", help="YuNet network (.onnx) or cascade (.xml)")
     add("--min-score", type=float, help=f"of a face; 0 is {HAAR_SCORE}, with YuNet {YUNET_SCORE}")
-    parser.set_defaults(**asdict(Config()))
+    parser.set_defaults(**asdict(Config()) | {"allow_origin": []})
     return parser
 
 
