@@ -176,9 +176,9 @@ def decode(photo: bytes) -> Pixels:
 
 def check_scans(jpeg: bytes) -> None:
     """Raise BadPhoto if a JPEG has more scans than it needs (libjpeg-turbo#284)."""
-    scans = at = 0
+    scans, at = 0, 2
     # A marker begins a segment, and then the segment's length. Inside of it, a thumbnail may hide.
-    while marker := re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]").search(jpeg, at):
+    while marker := re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]").search(jpeg, at):
         at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
         scans += marker[0] == b"\xff\xda"
         if scans > MAX_SCANS:
@@ -342,6 +342,11 @@ def load_detector(model: str = "", min_score: float = 0) -> Detector:
     """
     if model.endswith(".onnx"):
         return YuNetDetector(Path(model), min_score)
+    if not hasattr(cv2, "CascadeClassifier"):
+        raise ValueError(
+            "OpenCV 5 has no CascadeClassifier: pip install 'opencv-python-headless<5'"
+        )
+
     own, wheel = ROOT / CASCADE, Path(cv2.__file__).parent / "data" / CASCADE
     return HaarDetector(Path(model or (own if own.exists() else wheel)), min_score)
 
@@ -370,8 +375,8 @@ class Store:
     async def start(self, id: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Start work on a photo; it goes on even if the client leaves."""
         self.jobs[id] = job = asyncio.create_task(work)
-        if len(self.jobs) > MAX_JOBS:
-            del self.jobs[next(iter(self.jobs))]
+        for done in [id for id, job in self.jobs.items() if job.done()][:-MAX_JOBS]:
+            del self.jobs[done]
         return job
 
     async def put(self, id: str, image: Image) -> None:
@@ -478,7 +483,7 @@ async def post_image(request: web.Request) -> web.Response:
 
 
 async def get_image(request: web.Request) -> web.StreamResponse:
-    """GET /image/{id}, the annotated photo as soon as it is done, and /image/{id}/meta, its JSON."""
+    """GET /image/{id}: the annotated photo, as soon as it is done; /image/{id}/meta: its JSON."""
     id = request.match_info["id"]
     _, jpeg, meta = result_of(await request.app[STORE].get(id))
     if request.path.endswith("/meta"):
@@ -489,12 +494,8 @@ async def get_image(request: web.Request) -> web.StreamResponse:
     await response.prepare(request)
     # In pieces, since aiohttp would copy the whole image for a client that does not read.
     for at in range(0, len(jpeg) if request.method == "GET" else 0, PIECE):
-        try:
-            async with asyncio.timeout(request.app[CONFIG].upload_timeout):
-                await response.write(jpeg[at : at + PIECE])
-        except TimeoutError:
-            assert request.transport
-            request.transport.abort()
+        async with asyncio.timeout(request.app[CONFIG].upload_timeout):
+            await response.write(jpeg[at : at + PIECE])
     return response
 
 
@@ -631,6 +632,10 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
         if request.method == "OPTIONS" and request["cors"]:
             return web.Response()
         return await handler(request)
+    except (ConnectionError, TimeoutError):  # the client has left, or does not read
+        if request.transport:
+            request.transport.abort()
+        return web.Response()
     except web.HTTPError as error:
         status, detail = error.status, error.text
         if error is request.match_info.http_exception:
@@ -654,11 +659,12 @@ def check_site(request: web.Request) -> None:
         raise web.HTTPBadRequest(text="The request needs a Host, a name or an address.")
 
     # Any name can be made to resolve to this machine (DNS rebinding), but for those without a dot.
-    if config.host == "127.0.0.1" and host != public and re.search(r"\.[^.]*[a-zA-Z]", host):
+    local = config.host in ("127.0.0.1", "localhost")
+    if local and host != public and re.search(r"\.[^.]*[a-zA-Z]", host):
         raise web.HTTPForbidden(text=f"{host} is not this machine (--host, --public-url).")
     origin = request.headers.get("Origin", f"//{host}")
     request["cors"] = not {origin, "*"}.isdisjoint(config.allow_origin)
-    if not request["cors"] and origin.partition("//")[2] not in (host, public):
+    if not request["cors"] and origin.partition("//")[2] not in (host, public or host):
         raise web.HTTPForbidden(text=f"A page of {origin} may not use this (--allow-origin).")
 
 
