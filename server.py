@@ -352,6 +352,13 @@ def load_detector(model: str = "", min_score: float = 0) -> Detector:
 
 
 # --- The store ---
+ERRORS = {
+    UnsupportedPhoto: web.HTTPUnsupportedMediaType,
+    BadPhoto: web.HTTPUnprocessableEntity,
+    cv2.error: web.HTTPServiceUnavailable,  # out of memory
+}
+
+
 class Image(NamedTuple):
     """An annotated photo."""
 
@@ -361,7 +368,7 @@ class Image(NamedTuple):
 
 
 class Store:
-    """The images by id, the least recently used first, and the photos under way."""
+    """The images by id, the least recently used first, and the photos under way or refused."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.size = config, 0  # bytes of all images
@@ -372,22 +379,29 @@ class Store:
         """Return the photos that are not done."""
         return [job for job in self.jobs.values() if not job.done()]
 
-    async def start(self, id: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    async def start(self, id: str, work: Coroutine[Any, Any, Any]) -> None:
         """Start work on a photo; it goes on even if the client leaves."""
-        self.jobs[id] = job = asyncio.create_task(work)
+        self.jobs[id] = asyncio.create_task(self.finish(id, work))
         for done in [id for id, job in self.jobs.items() if job.done()][:-MAX_JOBS]:
             del self.jobs[done]
-        return job
+
+    async def finish(self, id: str, work: Coroutine[Any, Any, Any]) -> Any:
+        """Return what comes of the work, which may be an exception."""
+        try:
+            result = await work
+        except tuple(ERRORS) as error:
+            return type(error)(*error.args)  # a copy: the original's traceback keeps the photo
+        del self.jobs[id]
+        return result
 
     async def put(self, id: str, image: Image) -> None:
         """Keep an image, and drop the least recently used ones that are too much."""
-        self.jobs.pop(id, None)
         self.images[id] = image
         self.size += len(image.jpeg)
         while len(self.images) > max(1, self.config.keep) or self.size > self.config.keep_mb * MIB:
             self.size -= len(self.images.popitem(last=False)[1].jpeg)
 
-    async def get(self, id: str) -> Image | Exception | None:
+    async def get(self, id: str) -> Any:
         """Return what became of a photo, as soon as it is known. This counts as use."""
         if id in self.jobs:
             return await asyncio.shield(self.jobs[id])
@@ -405,36 +419,18 @@ DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 POOL = web.AppKey("POOL", ThreadPoolExecutor)
 STORE = web.AppKey("STORE", Store)
 UPLOADS = web.AppKey("UPLOADS", asyncio.Semaphore)
-WATCHERS = web.AppKey("WATCHERS", dict)  # of each websocket: transport, URL of the server, as JSON
-
-ERRORS = {
-    UnsupportedPhoto: web.HTTPUnsupportedMediaType,
-    BadPhoto: web.HTTPUnprocessableEntity,
-    cv2.error: web.HTTPServiceUnavailable,  # out of memory
-}
+WATCHERS = web.AppKey("WATCHERS", dict)  # of each websocket: transport, URL of images, as JSON
 
 
 # --- The watchers ---
 async def announce(app: web.Application, image: Image) -> None:
     """Send the URL of an image to every watcher, and wait for none of them."""
-    path = f"{app.router['image'].url_for(id=image.meta['id'])}"
-    for websocket, (transport, base, as_json) in list(app[WATCHERS].items()):
+    for websocket, (transport, images, as_json) in list(app[WATCHERS].items()):
         if transport.get_write_buffer_size() > MAX_UNREAD:
             transport.abort()  # close() would wait until the watcher has read everything
-            continue
-        url = base + path
-        with contextlib.suppress(ConnectionError):  # it has just left
-            await websocket.send_str(json.dumps(image.meta | {"url": url}) if as_json else url)
-
-
-# --- The handlers, in the order in which a user meets them ---
-async def get_page(request: web.Request) -> web.StreamResponse:
-    """GET /, /docs and /openapi.json: a file of static/. For curl, / is text."""
-    page = STATIC / str(request.match_info.route.name)
-    for_curl = page.name == "index.html" and "text/html" not in request.headers.get("Accept", "")
-    if for_curl or not page.exists():
-        return web.Response(text=commands(base_of(request)))
-    return web.FileResponse(page)
+        meta = image.meta | {"url": images + image.meta["id"]}
+        with contextlib.suppress(ConnectionError):  # it has left
+            await websocket.send_str(json.dumps(meta) if as_json else meta["url"])
 
 
 async def get_faces(request: web.Request) -> web.WebSocketResponse:
@@ -457,7 +453,7 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
     await websocket.prepare(request)
     # Else the system holds megabytes for a watcher that does not read.
     transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_UNREAD)
-    watchers[websocket] = transport, base_of(request), request.query.get("format") == "json"
+    watchers[websocket] = transport, url_of(request), request.query.get("format") == "json"
     try:
         async for message in websocket:
             if message.type is WSMsgType.PING and transport.get_write_buffer_size() < MAX_UNREAD:
@@ -468,35 +464,52 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
     return websocket
 
 
+# --- The handlers, in the order in which a user meets them ---
+async def get_page(request: web.Request) -> web.StreamResponse:
+    """GET /, /docs and /openapi.json: a file of static/. For curl, / is text."""
+    page = STATIC / str(request.match_info.route.name)
+    for_curl = page.name == "index.html" and "text/html" not in request.headers.get("Accept", "")
+    if for_curl or not page.exists():
+        return web.Response(text=commands(url_of(request).removesuffix("/image/")))
+    return web.FileResponse(page)
+
+
 async def post_image(request: web.Request) -> web.Response:
     """POST /image: annotate a photo, keep it, and announce it."""
     app, id = request.app, str(uuid.uuid4())
-    work = annotate_and_announce(app, id, *await read_photo(request))
-    job = await app[STORE].start(id, work)
+    name, photo = await read_photo(request)
+    await app[STORE].start(id, annotate_and_announce(app, id, name, photo))
 
-    headers = {"Location": url_of(request, id)}
+    url = url_of(request, id)
+    headers = {"Location": url}
     if "respond-async" in request.headers.get("Prefer", ""):  # RFC 7240
         headers["Preference-Applied"] = "respond-async"
-        return json_response({"id": id, "url": headers["Location"]}, 202, headers)
-    image = result_of(await asyncio.shield(job))
-    return json_response(image.meta | {"url": headers["Location"]}, 201, headers)
+        return json_response({"id": id, "url": url}, 202, headers)
+    image = await result_of(app, id)
+    return json_response(image.meta | {"url": url}, 201, headers)
 
 
 async def get_image(request: web.Request) -> web.StreamResponse:
-    """GET /image/{id}: the annotated photo, as soon as it is done; /image/{id}/meta: its JSON."""
-    id = request.match_info["id"]
-    _, jpeg, meta = result_of(await request.app[STORE].get(id))
-    if request.path.endswith("/meta"):
-        return json_response(meta | {"url": url_of(request, id)})
-
+    """GET /image/{id}: the annotated photo, as soon as it is done."""
+    image = await result_of(request.app, request.match_info["id"])
     response = web.StreamResponse(headers={"Cache-Control": "private, max-age=31536000, immutable"})
-    response.content_type, response.content_length = "image/jpeg", len(jpeg)
+    response.content_type, response.content_length = "image/jpeg", len(image.jpeg)
     await response.prepare(request)
+    if request.method == "HEAD":
+        return response
+
     # In pieces, since aiohttp would copy the whole image for a client that does not read.
-    for at in range(0, len(jpeg) if request.method == "GET" else 0, PIECE):
+    for at in range(0, len(image.jpeg), PIECE):
         async with asyncio.timeout(request.app[CONFIG].upload_timeout):
-            await response.write(jpeg[at : at + PIECE])
+            await response.write(image.jpeg[at : at + PIECE])
     return response
+
+
+async def get_meta(request: web.Request) -> web.Response:
+    """GET /image/{id}/meta: the JSON of an image, as soon as it is done."""
+    id = request.match_info["id"]
+    image = await result_of(request.app, id)
+    return json_response(image.meta | {"url": url_of(request, id)})
 
 
 async def get_images(request: web.Request) -> web.Response:
@@ -507,10 +520,10 @@ async def get_images(request: web.Request) -> web.Response:
 
 async def post_detect(request: web.Request) -> web.Response:
     """POST /detect: find the faces in a photo, and keep nothing."""
+    app, id = request.app, str(uuid.uuid4())
     _, photo = await read_photo(request)
-    work = run_in_pool(request.app, photo, drawn=False)
-    job = await request.app[STORE].start(str(uuid.uuid4()), work)
-    _, meta = result_of(await asyncio.shield(job))
+    await app[STORE].start(id, run_in_pool(app, photo, drawn=False))
+    _, meta = await result_of(app, id)
     return json_response(meta)
 
 
@@ -538,14 +551,11 @@ def commands(url: str) -> str:
 """
 
 
-def base_of(request: web.Request) -> str:
-    """Return the URL by which the client knows this server. X-Forwarded headers are not trusted."""
-    return request.app[CONFIG].public_url.rstrip("/") or f"{request.scheme}://{request.host}"
-
-
-def url_of(request: web.Request, id: str) -> str:
-    """Return the URL of an image, wherever this application is mounted."""
-    return f"{base_of(request)}{request.app.router['image'].url_for(id=id)}"
+def url_of(request: web.Request, id: str = "") -> str:
+    """Return the URL of an image, as this client knows the server, wherever it is mounted."""
+    # X-Forwarded headers are not trusted.
+    base = request.app[CONFIG].public_url.rstrip("/") or f"{request.scheme}://{request.host}"
+    return f"{base}{request.app.router['image'].url_for(id=id)}"
 
 
 async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
@@ -576,51 +586,46 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
     aiohttp's reader would hold up everybody for seconds on a preamble of short lines.
     """
     boundary = content_type.partition("boundary=")[2].partition(";")[0].strip('" ')
-    parts = (b"\r\n" + form).split(b"\r\n--" + boundary.encode(errors="replace"), 1000)
+    *parts, end = (b"\r\n" + form).split(b"\r\n--" + boundary.encode(errors="replace"), 1000)
     files = []
     for part in parts[1:]:
         headers, _, content = part.partition(b"\r\n\r\n")
         name = re.search(rb'; *filename\*?=("[^"]*"|[^;\s]*)', headers, re.IGNORECASE)
         if name and content:
             files.append((name[1].strip(b'"').decode(errors="replace"), content))
-    if len(files) != 1 or not parts[-1].startswith(b"--"):
+    if len(files) != 1 or not end.startswith(b"--"):
         raise web.HTTPBadRequest(text="The form must have one file, and be complete.")
     return files[0]
 
 
-async def run_in_pool(app: web.Application, photo: bytes, drawn: bool) -> Any:
-    """Run annotate() in a thread; return its JPEG and JSON, or its exception."""
+async def run_in_pool(app: web.Application, photo: bytes, drawn: bool, **more: Any) -> Any:
+    """Run annotate() in a thread; return its JPEG and JSON."""
     start, loop = time.monotonic(), asyncio.get_running_loop()
-    try:
-        done = loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], drawn)
-        jpeg, meta = await done
-        return jpeg, meta | {"took_ms": round((time.monotonic() - start) * 1000)}
-    except tuple(ERRORS) as error:
-        return type(error)(*error.args)  # a copy: the original keeps the photo by its traceback
+    done = loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], drawn)
+    jpeg, meta = await done
+    return jpeg, meta | more | {"took_ms": round((time.monotonic() - start) * 1000)}
 
 
 async def annotate_and_announce(
     app: web.Application, id: str, name: str | None, photo: bytes
-) -> Any:
-    """Annotate a photo, keep the image, and announce it; return it, or an exception."""
-    outcome = await run_in_pool(app, photo, drawn=True)
-    if isinstance(outcome, Exception):
-        return outcome
-    jpeg, meta = outcome
-    image = Image(time.time(), jpeg, {"id": id, "url": "", **meta, "filename": name})
+) -> Image:
+    """Annotate a photo, keep the image, and announce it."""
+    jpeg, meta = await run_in_pool(app, photo, drawn=True, filename=name)
+    image = Image(time.time(), jpeg, {"id": id, "url": "", **meta})
     await app[STORE].put(id, image)
     await announce(app, image)
     log.info("%r: %d faces in %d ms", name, len(meta["faces"]), meta["took_ms"])
     return image
 
 
-def result_of(outcome: Any) -> Any:
+async def result_of(app: web.Application, id: str) -> Any:
     """Return what became of a photo. Raises an HTTPException if it failed, or is not there."""
-    if outcome is None:
+    result = await app[STORE].get(id)
+    if result is None:
         raise web.HTTPNotFound(text="There is no such image (any more: --keep, --keep-mb).")
-    if isinstance(outcome, Exception):
-        raise ERRORS[type(outcome)](text=str(outcome))
-    return outcome
+    if isinstance(result, Exception):
+        raise ERRORS[type(result)](text=str(result))
+    return result
 
 
 # --- Who may use the server, and how it says no ---
@@ -662,8 +667,9 @@ def check_site(request: web.Request) -> None:
     local = config.host in ("127.0.0.1", "localhost")
     if local and host != public and re.search(r"\.[^.]*[a-zA-Z]", host):
         raise web.HTTPForbidden(text=f"{host} is not this machine (--host, --public-url).")
+
     origin = request.headers.get("Origin", f"//{host}")
-    request["cors"] = not {origin, "*"}.isdisjoint(config.allow_origin)
+    request["cors"] = origin in config.allow_origin or "*" in config.allow_origin
     if not request["cors"] and origin.partition("//")[2] not in (host, public or host):
         raise web.HTTPForbidden(text=f"A page of {origin} may not use this (--allow-origin).")
 
@@ -700,7 +706,7 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
             web.put("/image", post_image),  # curl -T
             web.get("/image", get_images),
             web.get("/image/{id}", get_image, name="image"),
-            web.get("/image/{id}/meta", get_image),
+            web.get("/image/{id}/meta", get_meta),
             web.post("/detect", post_detect),
             web.get("/health", get_health),
         ]
