@@ -36,7 +36,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -311,27 +311,26 @@ class YuNetDetector(threading.local):
     """
 
     def __init__(self, file: Path, min_score: float) -> None:
-        model, score = np.frombuffer(file.read_bytes(), np.uint8), min_score or YUNET_SCORE
+        model, none = np.frombuffer(file.read_bytes(), np.uint8), np.empty(0, np.uint8)
+        score = min_score or YUNET_SCORE
         try:
-            create = cv2.FaceDetectorYN.create
-            self.network = create("onnx", model, np.empty(0, np.uint8), (64, 64), score, OVERLAP)
+            self.network = cv2.FaceDetectorYN.create("onnx", model, none, (64, 64), score, OVERLAP)
             self(np.zeros((64, 64, 3), np.uint8))  # another network would fail only now
         except cv2.error:
             raise ValueError(f"{file} is not a YuNet network") from None
 
     def __call__(self, pixels: Pixels) -> list[Face]:
-        photo = np.array(pixels.shape[1::-1])  # width and height
-        size = np.rint(photo * min(1, YUNET_SIDE / photo.max())).astype(int)
-        size = np.maximum(size, YUNET_SHORTEST)
-        self.network.setInputSize(size.tolist())
-        _, rows = self.network.detect(cv2.resize(pixels, size.tolist()))
+        height, width, _ = pixels.shape
+        scale = min(1, YUNET_SIDE / max(width, height))
+        size = [max(YUNET_SHORTEST, round(side * scale)) for side in (width, height)]
+        self.network.setInputSize(size)
+        _, rows = self.network.detect(cv2.resize(pixels, size))
 
         faces = []
         for row in [] if rows is None else rows:  # x, y, width, height, five landmarks, score
-            corners = np.array([row[:2], row[:2] + row[2:4]]) * (photo / size)
-            (x, y), (right, bottom) = np.clip(corners, 0, photo).round().astype(int).tolist()
-            score = round(float(row[14]), 3)
-            faces.append(Face(x, y, right - x, bottom - y, score))
+            corners = np.divide([row[:2], row[:2] + row[2:4]], size).clip(0, 1)
+            (x, y), (right, bottom) = np.rint(corners * (width, height)).astype(int).tolist()
+            faces.append(Face(x, y, right - x, bottom - y, round(float(row[14]), 3)))
         return faces
 
 
@@ -379,13 +378,13 @@ class Store:
         """Return the photos that are not done."""
         return [job for job in self.jobs.values() if not job.done()]
 
-    async def start(self, id: str, work: Coroutine[Any, Any, Any]) -> None:
+    async def start(self, id: str, work: Awaitable[Any]) -> None:
         """Start work on a photo; it goes on even if the client leaves."""
         self.jobs[id] = asyncio.create_task(self.finish(id, work))
         for done in [id for id, job in self.jobs.items() if job.done()][:-MAX_JOBS]:
             del self.jobs[done]
 
-    async def finish(self, id: str, work: Coroutine[Any, Any, Any]) -> Any:
+    async def finish(self, id: str, work: Awaitable[Any]) -> Any:
         """Return what comes of the work, which may be an exception."""
         try:
             result = await work
@@ -484,9 +483,9 @@ async def post_image(request: web.Request) -> web.Response:
     headers = {"Location": url}
     if "respond-async" in request.headers.get("Prefer", ""):  # RFC 7240
         headers["Preference-Applied"] = "respond-async"
-        return json_response({"id": id, "url": url}, 202, headers)
+        return json_response({"id": id, "url": url}, status=202, headers=headers)
     image = await result_of(app, id)
-    return json_response(image.meta | {"url": url}, 201, headers)
+    return json_response(image.meta | {"url": url}, status=201, headers=headers)
 
 
 async def get_image(request: web.Request) -> web.StreamResponse:
@@ -535,10 +534,9 @@ async def get_health(request: web.Request) -> web.Response:
 
 
 # --- What the handlers share ---
-def json_response(data: Any, status: int = 200, headers: Any = None) -> web.Response:
+def json_response(data: Any, **options: Any) -> web.Response:
     """Return JSON that people can read in a terminal."""
-    text = json.dumps(data, indent=2) + "\n"
-    return web.json_response(text=text, status=status, headers=headers)
+    return web.json_response(text=json.dumps(data, indent=2) + "\n", **options)
 
 
 def commands(url: str) -> str:
@@ -722,7 +720,6 @@ async def finish(app: web.Application) -> None:
         await asyncio.wait(jobs, timeout=DRAIN_TIMEOUT)
     closing = [each.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in app[WATCHERS]]
     await asyncio.gather(*closing)
-    app[POOL].shutdown(wait=False)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -772,9 +769,8 @@ def main() -> None:
     config = Config(**vars(make_parser().parse_args()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # When files run out, asyncio would log a hundred tracebacks a second.
-    out_of_files = re.compile(r"accept\(\)|_start_serving")
-    quiet = logging.getLogger("asyncio").addFilter
-    quiet(lambda record: not out_of_files.search(record.getMessage()))
+    flood = re.compile(r"accept\(\)|_start_serving")
+    logging.getLogger("asyncio").addFilter(lambda record: not flood.search(record.getMessage()))
     try:
         serve(create_app(config))
     except (OSError, OverflowError, ValueError) as error:
