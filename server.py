@@ -489,26 +489,20 @@ async def post_image(request: web.Request) -> web.Response:
 
 
 async def get_image(request: web.Request) -> web.StreamResponse:
-    """GET /image/{id}: the annotated photo, as soon as it is done."""
-    image = await result_of(request.app, request.match_info["id"])
-    response = web.StreamResponse(headers={"Cache-Control": "private, max-age=31536000, immutable"})
-    response.content_type, response.content_length = "image/jpeg", len(image.jpeg)
-    await response.prepare(request)
-    if request.method == "HEAD":
-        return response
-
-    # In pieces, since aiohttp would copy the whole image for a client that does not read.
-    for at in range(0, len(image.jpeg), PIECE):
-        async with asyncio.timeout(request.app[CONFIG].upload_timeout):
-            await response.write(image.jpeg[at : at + PIECE])
-    return response
-
-
-async def get_meta(request: web.Request) -> web.Response:
-    """GET /image/{id}/meta: the JSON of an image, as soon as it is done."""
+    """GET /image/{id}: the annotated photo, as soon as it is done; /image/{id}/meta: its JSON."""
     id = request.match_info["id"]
-    image = await result_of(request.app, id)
-    return json_response(image.meta | {"url": url_of(request, id)})
+    _, jpeg, meta = await result_of(request.app, id)
+    if request.path.endswith("/meta"):
+        return json_response(meta | {"url": url_of(request, id)})
+
+    response = web.StreamResponse(headers={"Cache-Control": "private, max-age=31536000, immutable"})
+    response.content_type, response.content_length = "image/jpeg", len(jpeg)
+    await response.prepare(request)
+    # In pieces, since aiohttp would copy the whole image for a client that does not read.
+    for at in range(0, len(jpeg) if request.method == "GET" else 0, PIECE):
+        async with asyncio.timeout(request.app[CONFIG].upload_timeout):
+            await response.write(jpeg[at : at + PIECE])
+    return response
 
 
 async def get_images(request: web.Request) -> web.Response:
@@ -704,7 +698,7 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
             web.put("/image", post_image),  # curl -T
             web.get("/image", get_images),
             web.get("/image/{id}", get_image, name="image"),
-            web.get("/image/{id}/meta", get_meta),
+            web.get("/image/{id}/meta", get_image),
             web.post("/detect", post_detect),
             web.get("/health", get_health),
         ]
