@@ -147,7 +147,7 @@ def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[byte
     draw(pixels, faces)
     encoded, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     if not encoded:
-        raise BadPhoto("The photo has over 65,500 pixels on a side, too many for a JPEG.")
+        raise BadPhoto("A side is over 65,500 pixels, too long for a JPEG.")
     return jpeg.tobytes(), meta
 
 
@@ -305,10 +305,7 @@ class HaarDetector(threading.local):
 
 
 class YuNetDetector(threading.local):
-    """Find faces with the neural network YuNet (Wu et al., 2023); a score is from 0 to 1.
-
-    Raises ValueError if the file is another one.
-    """
+    """Find faces with the neural network YuNet (Wu et al., 2023); a score is from 0 to 1."""
 
     def __init__(self, file: Path, min_score: float) -> None:
         model, none = np.frombuffer(file.read_bytes(), np.uint8), np.empty(0, np.uint8)
@@ -335,16 +332,12 @@ class YuNetDetector(threading.local):
 
 
 def load_detector(model: str = "", min_score: float = 0) -> Detector:
-    """Return the detector in a file: a YuNet network (.onnx) or a cascade.
-
-    Raises OSError or ValueError.
-    """
+    """Return the detector in a YuNet network (.onnx) or a cascade. Raises OSError or ValueError."""
     if model.endswith(".onnx"):
         return YuNetDetector(Path(model), min_score)
     if not hasattr(cv2, "CascadeClassifier"):
-        raise ValueError(
-            "OpenCV 5 has no CascadeClassifier: pip install 'opencv-python-headless<5'"
-        )
+        advice = "pip install 'opencv-python-headless<5'"
+        raise ValueError(f"OpenCV 5 has no CascadeClassifier: {advice}")
 
     own, wheel = ROOT / CASCADE, Path(cv2.__file__).parent / "data" / CASCADE
     return HaarDetector(Path(model or (own if own.exists() else wheel)), min_score)
@@ -393,9 +386,9 @@ class Store:
         del self.jobs[id]
         return result
 
-    async def put(self, id: str, image: Image) -> None:
+    async def put(self, image: Image) -> None:
         """Keep an image, and drop the least recently used ones that are too much."""
-        self.images[id] = image
+        self.images[image.meta["id"]] = image
         self.size += len(image.jpeg)
         while len(self.images) > max(1, self.config.keep) or self.size > self.config.keep_mb * MIB:
             self.size -= len(self.images.popitem(last=False)[1].jpeg)
@@ -415,8 +408,8 @@ class Store:
 
 CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
-POOL = web.AppKey("POOL", ThreadPoolExecutor)
 STORE = web.AppKey("STORE", Store)
+POOL = web.AppKey("POOL", ThreadPoolExecutor)
 UPLOADS = web.AppKey("UPLOADS", asyncio.Semaphore)
 WATCHERS = web.AppKey("WATCHERS", dict)  # of each websocket: transport, URL of images, as JSON
 
@@ -468,9 +461,9 @@ async def get_page(request: web.Request) -> web.StreamResponse:
     """GET /, /docs and /openapi.json: a file of static/. For curl, / is text."""
     page = STATIC / str(request.match_info.route.name)
     for_curl = page.name == "index.html" and "text/html" not in request.headers.get("Accept", "")
-    if for_curl or not page.exists():
-        return web.Response(text=commands(url_of(request).removesuffix("/image/")))
-    return web.FileResponse(page)
+    if page.exists() and not for_curl:
+        return web.FileResponse(page)
+    return web.Response(text=commands(url_of(request).removesuffix("/image/")))
 
 
 async def post_image(request: web.Request) -> web.Response:
@@ -544,8 +537,7 @@ def commands(url: str) -> str:
 
 
 def url_of(request: web.Request, id: str = "") -> str:
-    """Return the URL of an image, as this client knows the server, wherever it is mounted."""
-    # X-Forwarded headers are not trusted.
+    """Return the URL of an image, as this client knows it. X-Forwarded headers are not trusted."""
     base = request.app[CONFIG].public_url.rstrip("/") or f"{request.scheme}://{request.host}"
     return f"{base}{request.app.router['image'].url_for(id=id)}"
 
@@ -591,10 +583,9 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
 
 
 async def run_in_pool(app: web.Application, photo: bytes, drawn: bool, **more: Any) -> Any:
-    """Run annotate() in a thread; return its JPEG and JSON."""
+    """Run annotate() in a thread; return its JPEG, and its JSON with more in it."""
     start, loop = time.monotonic(), asyncio.get_running_loop()
-    done = loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], drawn)
-    jpeg, meta = await done
+    jpeg, meta = await loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], drawn)
     return jpeg, meta | more | {"took_ms": round((time.monotonic() - start) * 1000)}
 
 
@@ -604,7 +595,7 @@ async def annotate_and_announce(
     """Annotate a photo, keep the image, and announce it."""
     jpeg, meta = await run_in_pool(app, photo, drawn=True, filename=name)
     image = Image(time.time(), jpeg, {"id": id, "url": "", **meta})
-    await app[STORE].put(id, image)
+    await app[STORE].put(image)
     await announce(app, image)
     log.info("%r: %d faces in %d ms", name, len(meta["faces"]), meta["took_ms"])
     return image
@@ -642,8 +633,7 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
         if status == 503:
             error.headers["Retry-After"] = "1"
         log.info("%s %s %r: %d %s", request.remote, request.method, request.path, status, detail)
-        document = {"title": error.reason, "status": status, "detail": detail}
-        error.text = json.dumps(document, indent=2) + "\n"
+        error.body = json_response({"title": error.reason, "status": status, "detail": detail}).body
         error.content_type = "application/problem+json"
         raise
 
@@ -682,27 +672,26 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
     app = web.Application(middlewares=[explain_errors], client_max_size=config.max_mb * MIB)
     app[CONFIG] = config
     app[DETECTOR] = detector or load_detector(config.model, config.min_score)
-    app[POOL] = ThreadPoolExecutor(config.threads)
     app[STORE] = Store(config)
+    app[POOL] = ThreadPoolExecutor(config.threads)
     app[UPLOADS] = asyncio.Semaphore(MAX_UPLOADS)
     app[WATCHERS] = {}
     app.on_response_prepare.append(add_headers)
     app.on_shutdown.append(finish)
-    app.add_routes(
-        [
-            web.get("/", get_page, name="index.html"),
-            web.get("/docs", get_page, name="docs.html"),
-            web.get("/openapi.json", get_page, name="openapi.json"),
-            web.get("/faces", get_faces, allow_head=False),
-            web.post("/image", post_image),
-            web.put("/image", post_image),  # curl -T
-            web.get("/image", get_images),
-            web.get("/image/{id}", get_image, name="image"),
-            web.get("/image/{id}/meta", get_image),
-            web.post("/detect", post_detect),
-            web.get("/health", get_health),
-        ]
-    )
+    routes = [
+        web.get("/", get_page, name="index.html"),
+        web.get("/docs", get_page, name="docs.html"),
+        web.get("/openapi.json", get_page, name="openapi.json"),
+        web.get("/faces", get_faces, allow_head=False),
+        web.post("/image", post_image),
+        web.put("/image", post_image),  # curl -T
+        web.get("/image", get_images),
+        web.get("/image/{id}", get_image, name="image"),
+        web.get("/image/{id}/meta", get_image),
+        web.post("/detect", post_detect),
+        web.get("/health", get_health),
+    ]
+    app.add_routes(routes)
     if STATIC.is_dir():
         app.router.add_static("/static", STATIC)
     return app
@@ -719,28 +708,28 @@ async def finish(app: web.Application) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line, with an option for each field of Config."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.set_defaults(**asdict(Config()))
     add = parser.add_argument
     add("--host", help="0.0.0.0 lets other machines in")
     add("--port", type=int, help="0 takes a free one")
-    add("--public-url", help="URL of this server, if it is behind a proxy")
-    add("--allow-origin", action="append", help="site whose pages may use this server, or *")
+    add("--public-url", help="URL of this server behind a proxy")
+    add("--allow-origin", action="append", default=[], help="site whose pages may use it, or *")
     add("--keep", type=int, help="images to keep")
     add("--keep-mb", type=int, help="MiB of images to keep")
     add("--max-mb", type=int, help="MiB in a body")
     add("--upload-timeout", type=int, help="seconds for an upload")
-    add("--threads", type=int, help="photos to work on at a time")
-    add("--queue", type=int, help="photos that may wait for each thread")
+    add("--threads", type=int, help="photos at a time")
+    add("--queue", type=int, help="photos waiting for each thread")
     add("--max-clients", type=int, help="watchers at a time")
     add("--model", help="YuNet network (.onnx) or cascade (.xml)")
     add("--min-score", type=float, help=f"of a face; 0 is {HAAR_SCORE}, with YuNet {YUNET_SCORE}")
-    parser.set_defaults(**asdict(Config()) | {"allow_origin": []})
     return parser
 
 
 def serve(app: web.Application) -> None:
     """Listen, say where, and serve until SIGINT or SIGTERM. Raises OSError or OverflowError."""
     config, host = app[CONFIG], app[CONFIG].host
-    listener = socket.create_server((host or "nowhere", config.port))
+    listener = socket.create_server((host or "?", config.port))  # "" would be any address
     if host == "0.0.0.0":
         with socket.socket(type=socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
             probe.connect(("192.0.2.1", 9))  # sends nothing, but has an address in the network
