@@ -77,7 +77,7 @@ YUNET_SCORE = 0.7  # of 1: the least score
 OVERLAP = 0.3  # intersection over union, from which two boxes are of one face
 
 MAX_UPLOADS = 32  # at a time; others wait, and take no memory
-MAX_JOBS = 1000  # photos to remember: under way, or refused, so that a GET tells why
+MAX_JOBS = 1000  # photos that failed to remember, so that a GET tells why
 PIECE = 64 * 1024  # bytes of an image to send at a time
 HEARTBEAT = 25  # seconds between pings: proxies drop a connection that is silent for 30 to 60
 PAUSE = 0.005  # seconds after each message of a watcher: whoever floods the server waits
@@ -344,7 +344,7 @@ def load_detector(model: str = "", min_score: float = 0) -> Detector:
 
 
 # --- The store ---
-ERRORS = {
+ERRORS = {  # of a photo, and what HTTP calls them
     UnsupportedPhoto: web.HTTPUnsupportedMediaType,
     BadPhoto: web.HTTPUnprocessableEntity,
     cv2.error: web.HTTPServiceUnavailable,  # out of memory
@@ -373,18 +373,18 @@ class Store:
 
     async def start(self, id: str, work: Awaitable[Any]) -> None:
         """Start work on a photo; it goes on even if the client leaves."""
-        self.jobs[id] = asyncio.create_task(self.finish(id, work))
+        self.jobs[id] = asyncio.create_task(self.outcome_of(id, work))
         for done in [id for id, job in self.jobs.items() if job.done()][:-MAX_JOBS]:
             del self.jobs[done]
 
-    async def finish(self, id: str, work: Awaitable[Any]) -> Any:
-        """Return what comes of the work, which may be an exception."""
+    async def outcome_of(self, id: str, work: Awaitable[Any]) -> Any:
+        """Return what comes of the work; an exception is kept, so that a GET tells why."""
         try:
-            result = await work
+            outcome = await work
         except tuple(ERRORS) as error:
             return type(error)(*error.args)  # a copy: the original's traceback keeps the photo
         del self.jobs[id]
-        return result
+        return outcome
 
     async def put(self, image: Image) -> None:
         """Keep an image, and drop the least recently used ones that are too much."""
@@ -402,7 +402,7 @@ class Store:
         return self.images.get(id)
 
     async def newest_first(self) -> list[Image]:
-        """Return all images."""
+        """Return all images, by the time when they were done."""
         return sorted(self.images.values(), reverse=True)
 
 
@@ -420,9 +420,10 @@ async def announce(app: web.Application, image: Image) -> None:
     for websocket, (transport, images, as_json) in list(app[WATCHERS].items()):
         if transport.get_write_buffer_size() > MAX_UNREAD:
             transport.abort()  # close() would wait until the watcher has read everything
-        meta = image.meta | {"url": images + image.meta["id"]}
+        url = images + image.meta["id"]
+        text = json.dumps(image.meta | {"url": url}) if as_json else url
         with contextlib.suppress(ConnectionError):  # it has left
-            await websocket.send_str(json.dumps(meta) if as_json else meta["url"])
+            await websocket.send_str(text)
 
 
 async def get_faces(request: web.Request) -> web.WebSocketResponse:
@@ -603,12 +604,12 @@ async def annotate_and_announce(
 
 async def result_of(app: web.Application, id: str) -> Any:
     """Return what became of a photo. Raises an HTTPException if it failed, or is not there."""
-    result = await app[STORE].get(id)
-    if result is None:
+    outcome = await app[STORE].get(id)
+    if outcome is None:
         raise web.HTTPNotFound(text="There is no such image (any more: --keep, --keep-mb).")
-    if isinstance(result, Exception):
-        raise ERRORS[type(result)](text=str(result))
-    return result
+    if isinstance(outcome, Exception):
+        raise ERRORS[type(outcome)](text=str(outcome))
+    return outcome
 
 
 # --- Who may use the server, and how it says no ---
