@@ -36,7 +36,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -360,7 +360,7 @@ class Image(NamedTuple):
 
 
 class Store:
-    """The images by id, the least recently used first, and the photos under way or refused."""
+    """The images by id, the least recently used first, and jobs: photos under way, or failed."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.size = config, 0  # bytes of all images
@@ -371,24 +371,24 @@ class Store:
         """Return the photos that are not done."""
         return [job for job in self.jobs.values() if not job.done()]
 
-    async def start(self, id: str, work: Awaitable[Any]) -> None:
+    async def start(self, id: str, work: Coroutine[Any, Any, Any]) -> None:
         """Start work on a photo; it goes on even if the client leaves."""
-        self.jobs[id] = asyncio.create_task(self.outcome_of(id, work))
+        self.jobs[id] = asyncio.create_task(self.run(id, work))
         for done in [id for id, job in self.jobs.items() if job.done()][:-MAX_JOBS]:
             del self.jobs[done]
 
-    async def outcome_of(self, id: str, work: Awaitable[Any]) -> Any:
-        """Return what comes of the work; an exception is kept, so that a GET tells why."""
+    async def run(self, id: str, work: Coroutine[Any, Any, Any]) -> Any:
+        """Return the result of the work. If it fails, return why, and keep that for a GET."""
         try:
-            outcome = await work
+            result = await work
         except tuple(ERRORS) as error:
             return type(error)(*error.args)  # a copy: the original's traceback keeps the photo
         del self.jobs[id]
-        return outcome
+        return result
 
-    async def put(self, image: Image) -> None:
+    async def put(self, id: str, image: Image) -> None:
         """Keep an image, and drop the least recently used ones that are too much."""
-        self.images[image.meta["id"]] = image
+        self.images[id] = image
         self.size += len(image.jpeg)
         while len(self.images) > max(1, self.config.keep) or self.size > self.config.keep_mb * MIB:
             self.size -= len(self.images.popitem(last=False)[1].jpeg)
@@ -478,22 +478,25 @@ async def post_image(request: web.Request) -> web.Response:
     if "respond-async" in request.headers.get("Prefer", ""):  # RFC 7240
         headers["Preference-Applied"] = "respond-async"
         return json_response({"id": id, "url": url}, status=202, headers=headers)
-    image = await result_of(app, id)
+    image = await get_result(app, id)
     return json_response(image.meta | {"url": url}, status=201, headers=headers)
 
 
 async def get_image(request: web.Request) -> web.StreamResponse:
     """GET /image/{id}: the annotated photo, as soon as it is done; /image/{id}/meta: its JSON."""
     id = request.match_info["id"]
-    _, jpeg, meta = await result_of(request.app, id)
+    _, jpeg, meta = await get_result(request.app, id)
     if request.path.endswith("/meta"):
         return json_response(meta | {"url": url_of(request, id)})
 
     response = web.StreamResponse(headers={"Cache-Control": "private, max-age=31536000, immutable"})
     response.content_type, response.content_length = "image/jpeg", len(jpeg)
     await response.prepare(request)
+    if request.method == "HEAD":
+        return response
+
     # In pieces, since aiohttp would copy the whole image for a client that does not read.
-    for at in range(0, len(jpeg) if request.method == "GET" else 0, PIECE):
+    for at in range(0, len(jpeg), PIECE):
         async with asyncio.timeout(request.app[CONFIG].upload_timeout):
             await response.write(jpeg[at : at + PIECE])
     return response
@@ -510,7 +513,7 @@ async def post_detect(request: web.Request) -> web.Response:
     app, id = request.app, str(uuid.uuid4())
     _, photo = await read_photo(request)
     await app[STORE].start(id, run_in_pool(app, photo, drawn=False))
-    _, meta = await result_of(app, id)
+    _, meta = await get_result(app, id)
     return json_response(meta)
 
 
@@ -560,6 +563,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
         raise web.HTTPServiceUnavailable(text="Too many photos are waiting (--queue).")
     if kind == "multipart/form-data":
         return file_in_form(request.headers["Content-Type"], body)
+    # curl -d calls a photo urlencoded, and takes the line ends and zeros out of it.
     if not body or (kind.endswith("urlencoded") and b"\0" not in body):
         raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
     return None, body
@@ -596,20 +600,20 @@ async def annotate_and_announce(
     """Annotate a photo, keep the image, and announce it."""
     jpeg, meta = await run_in_pool(app, photo, drawn=True, filename=name)
     image = Image(time.time(), jpeg, {"id": id, "url": "", **meta})
-    await app[STORE].put(image)
+    await app[STORE].put(id, image)
     await announce(app, image)
     log.info("%r: %d faces in %d ms", name, len(meta["faces"]), meta["took_ms"])
     return image
 
 
-async def result_of(app: web.Application, id: str) -> Any:
+async def get_result(app: web.Application, id: str) -> Any:
     """Return what became of a photo. Raises an HTTPException if it failed, or is not there."""
-    outcome = await app[STORE].get(id)
-    if outcome is None:
+    result = await app[STORE].get(id)
+    if result is None:
         raise web.HTTPNotFound(text="There is no such image (any more: --keep, --keep-mb).")
-    if isinstance(outcome, Exception):
-        raise ERRORS[type(outcome)](text=str(outcome))
-    return outcome
+    if isinstance(result, Exception):
+        raise ERRORS[type(result)](text=str(result))
+    return result
 
 
 # --- Who may use the server, and how it says no ---
@@ -679,6 +683,7 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
     app[WATCHERS] = {}
     app.on_response_prepare.append(add_headers)
     app.on_shutdown.append(finish)
+
     routes = [
         web.get("/", get_page, name="index.html"),
         web.get("/docs", get_page, name="docs.html"),
