@@ -36,7 +36,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -371,11 +371,13 @@ class Store:
         """Return the photos that are not done."""
         return [job for job in self.jobs.values() if not job.done()]
 
-    async def start(self, id: str, work: Coroutine[Any, Any, Any]) -> None:
-        """Start work on a photo; it goes on even if the client leaves."""
-        self.jobs[id] = asyncio.create_task(self.run(id, work))
+    async def start(self, id: str | None, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Start work on a photo. Nobody will ask for one without an id."""
+        key = id or str(uuid.uuid4())
+        self.jobs[key] = job = asyncio.create_task(self.run(key, work))
         for done in [id for id, job in self.jobs.items() if job.done()][:-MAX_JOBS]:
             del self.jobs[done]
+        return job
 
     async def run(self, id: str, work: Coroutine[Any, Any, Any]) -> Any:
         """Return the result of the work. If it fails, return why, and keep that for a GET."""
@@ -396,7 +398,7 @@ class Store:
     async def get(self, id: str) -> Any:
         """Return what became of a photo, as soon as it is known. This counts as use."""
         if id in self.jobs:
-            return await asyncio.shield(self.jobs[id])
+            return await self.jobs[id]
         if id in self.images:
             self.images.move_to_end(id)
         return self.images.get(id)
@@ -471,21 +473,21 @@ async def post_image(request: web.Request) -> web.Response:
     """POST /image: annotate a photo, keep it, and announce it."""
     app, id = request.app, str(uuid.uuid4())
     name, photo = await read_photo(request)
-    await app[STORE].start(id, annotate_and_announce(app, id, name, photo))
+    job = await app[STORE].start(id, annotate_and_announce(app, id, name, photo))
 
     url = url_of(request, id)
     headers = {"Location": url}
     if "respond-async" in request.headers.get("Prefer", ""):  # RFC 7240
         headers["Preference-Applied"] = "respond-async"
         return json_response({"id": id, "url": url}, status=202, headers=headers)
-    image = await get_result(app, id)
+    image = await result_of(job)
     return json_response(image.meta | {"url": url}, status=201, headers=headers)
 
 
 async def get_image(request: web.Request) -> web.StreamResponse:
     """GET /image/{id}: the annotated photo, as soon as it is done; /image/{id}/meta: its JSON."""
     id = request.match_info["id"]
-    _, jpeg, meta = await get_result(request.app, id)
+    _, jpeg, meta = await result_of(request.app[STORE].get(id))
     if request.path.endswith("/meta"):
         return json_response(meta | {"url": url_of(request, id)})
 
@@ -510,10 +512,9 @@ async def get_images(request: web.Request) -> web.Response:
 
 async def post_detect(request: web.Request) -> web.Response:
     """POST /detect: find the faces in a photo, and keep nothing."""
-    app, id = request.app, str(uuid.uuid4())
     _, photo = await read_photo(request)
-    await app[STORE].start(id, run_in_pool(app, photo, drawn=False))
-    _, meta = await get_result(app, id)
+    job = await request.app[STORE].start(None, run_in_pool(request.app, photo, drawn=False))
+    _, meta = await result_of(job)
     return json_response(meta)
 
 
@@ -606,9 +607,9 @@ async def annotate_and_announce(
     return image
 
 
-async def get_result(app: web.Application, id: str) -> Any:
-    """Return what became of a photo. Raises an HTTPException if it failed, or is not there."""
-    result = await app[STORE].get(id)
+async def result_of(job: Awaitable[Any]) -> Any:
+    """Wait for what became of a photo. Raises an HTTPException if it failed, or is not there."""
+    result = await asyncio.shield(job)  # it goes on even if this client leaves
     if result is None:
         raise web.HTTPNotFound(text="There is no such image (any more: --keep, --keep-mb).")
     if isinstance(result, Exception):
