@@ -7,8 +7,7 @@ import struct
 import zlib
 from pathlib import Path
 
-import cv2
-import numpy as np
+from server import cv2, np  # which has set OpenCV's limits
 
 FOLDER = Path(__file__).parent
 ASTRONAUT = (FOLDER.parent / "samples/astronaut.jpg").read_bytes()  # 512 x 512, one face
@@ -19,9 +18,9 @@ MIB = 2**20  # bytes
 
 # 16 x 16, red; OpenCV writes no CMYK
 CMYK = base64.b64decode(
-    "/9j/7gAOQWRvYmUAZAAAAAAA/9sAQwCgbniMeGSgjIKMtKqgvvD///Dc3PD///////////////////////////////"
-    "////////////////////////////8AAFAgAEAAQBEMRAE0RAFkRAEsRAP/EABUAAQEAAAAAAAAAAAAAAAAAAAAD/8QA"
-    "FBABAAAAAAAAAAAAAAAAAAAAAP/aAA4EQwBNAFkASwAAPwCyKKwAAAD/2Q=="
+    "/9j/7gAOQWRvYmUAZAAAAAAA/9sAQwCgbniMeGSgjIKMtKqgvvD///Dc3PD/////////////////////////////"
+    "/////////////////////////////8AAFAgAEAAQBEMRAE0RAFkRAEsRAP/EABUAAQEAAAAAAAAAAAAAAAAAAAAD"
+    "/8QAFBABAAAAAAAAAAAAAAAAAAAAAP/aAA4EQwBNAFkASwAAPwCyKKwAAAD/2Q=="
 )
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
 ADAM7 += ((0, 1, 1, 2),)  # first x and y, and the steps, of each pass over an interlaced PNG
