@@ -176,9 +176,9 @@ def decode(photo: bytes) -> Pixels:
 
 def check_scans(jpeg: bytes) -> None:
     """Raise BadPhoto if a JPEG has more scans than it needs (libjpeg-turbo#284)."""
-    scans = at = 0
+    scans, at = 0, 2
     # A marker begins a segment, and then the segment's length. Inside of it, a thumbnail may hide.
-    while marker := re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]").search(jpeg, at):
+    while marker := re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]").search(jpeg, at):
         at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
         scans += marker[0] == b"\xff\xda"
         if scans > MAX_SCANS:
@@ -370,8 +370,8 @@ class Store:
     async def start(self, id: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Start work on a photo; it goes on even if the client leaves."""
         self.jobs[id] = job = asyncio.create_task(work)
-        if len(self.jobs) > MAX_JOBS:
-            del self.jobs[next(iter(self.jobs))]
+        for done in [id for id, job in self.jobs.items() if job.done()][:-MAX_JOBS]:
+            del self.jobs[done]
         return job
 
     async def put(self, id: str, image: Image) -> None:
@@ -400,6 +400,7 @@ DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 POOL = web.AppKey("POOL", ThreadPoolExecutor)
 STORE = web.AppKey("STORE", Store)
 UPLOADS = web.AppKey("UPLOADS", asyncio.Semaphore)
+CORS = web.RequestKey("CORS", bool)  # whether a page of another site may read the answer
 WATCHERS = web.AppKey("WATCHERS", dict)  # of each websocket: transport, URL of the server, as JSON
 
 ERRORS = {
@@ -628,9 +629,11 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     """Send each error as a problem document (RFC 9457), aiohttp's own too, and log it."""
     try:
         check_site(request)
-        if request.method == "OPTIONS" and request["cors"]:
+        if request.method == "OPTIONS" and request[CORS]:
             return web.Response()
         return await handler(request)
+    except ConnectionError:  # the client has left
+        return web.Response()
     except web.HTTPError as error:
         status, detail = error.status, error.text
         if error is request.match_info.http_exception:
@@ -654,11 +657,12 @@ def check_site(request: web.Request) -> None:
         raise web.HTTPBadRequest(text="The request needs a Host, a name or an address.")
 
     # Any name can be made to resolve to this machine (DNS rebinding), but for those without a dot.
-    if config.host == "127.0.0.1" and host != public and re.search(r"\.[^.]*[a-zA-Z]", host):
+    rebound = host != public and re.search(r"\.[^.]*[a-zA-Z]", host)
+    if rebound and config.host in ("127.0.0.1", "localhost"):
         raise web.HTTPForbidden(text=f"{host} is not this machine (--host, --public-url).")
     origin = request.headers.get("Origin", f"//{host}")
-    request["cors"] = not {origin, "*"}.isdisjoint(config.allow_origin)
-    if not request["cors"] and origin.partition("//")[2] not in (host, public):
+    request[CORS] = not {origin, "*"}.isdisjoint(config.allow_origin)
+    if not request[CORS] and origin.partition("//")[2] not in (host, public or host):
         raise web.HTTPForbidden(text=f"A page of {origin} may not use this (--allow-origin).")
 
 
@@ -667,7 +671,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     response.headers.setdefault("Cache-Control", "no-cache")
     response.headers["Content-Security-Policy"] = "frame-ancestors 'none'"
     response.headers.update({"X-Content-Type-Options": "nosniff", "Vary": "Origin"})
-    if request.get("cors"):
+    if request.get(CORS):
         for name in ("Origin", "Methods", "Headers"):
             response.headers[f"Access-Control-Allow-{name}"] = "*"
 
