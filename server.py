@@ -379,7 +379,8 @@ class Store:
         self.jobs.pop(id, None)
         self.images[id] = image
         self.size += len(image.jpeg)
-        while len(self.images) > max(1, self.config.keep) or self.size > self.config.keep_mb * MIB:
+        room = self.config.keep_mb * MIB
+        while len(self.images) > 1 and (len(self.images) > self.config.keep or self.size > room):
             self.size -= len(self.images.popitem(last=False)[1].jpeg)
 
     async def get(self, id: str) -> Image | Exception | None:
@@ -555,7 +556,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
         raise web.HTTPUnsupportedMediaType(text="Send the body without a Content-Encoding.")
     try:
         async with asyncio.timeout(config.upload_timeout), app[UPLOADS]:
-            body = await request.read()
+            body = await request.clone(client_max_size=config.max_mb * MIB).read()
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="The upload took too long (--upload-timeout).") from None
     except web.RequestPayloadError as error:
@@ -679,7 +680,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 # --- The application ---
 def create_app(config: Config = Config(), detector: Detector | None = None) -> web.Application:
     """Return the server. Raises OSError or ValueError if the model file is invalid."""
-    app = web.Application(middlewares=[explain_errors], client_max_size=config.max_mb * MIB)
+    app = web.Application(middlewares=[explain_errors])
     app[CONFIG] = config
     app[DETECTOR] = detector or load_detector(config.model, config.min_score)
     app[POOL] = ThreadPoolExecutor(config.threads)
