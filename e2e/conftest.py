@@ -74,7 +74,9 @@ def running(
             if process.poll() is None:
                 process.terminate()
                 assert process.wait(8) == 0
-            _, traceback, tail = log.read_text().partition("Traceback")
+            text = log.read_text()
+            assert "Warning" not in text, text[:3000]
+            _, traceback, tail = text.partition("Traceback")
             assert not traceback, tail[:3000]
         finally:
             watchdog.cancel()
