@@ -77,7 +77,7 @@ YUNET_SCORE = 0.7  # of 1: the least score
 OVERLAP = 0.3  # intersection over union, from which two boxes are of one face
 
 MAX_UPLOADS = 32  # at a time; others wait, and take no memory
-MAX_JOBS = 1000  # photos to remember: under way, or refused, so that a GET tells why
+MAX_JOBS = 1000  # photos that were refused to remember, so that a GET tells why
 PIECE = 64 * 1024  # bytes of an image to send at a time
 HEARTBEAT = 25  # seconds between pings: proxies drop a connection that is silent for 30 to 60
 PAUSE = 0.005  # seconds after each message of a watcher: whoever floods the server waits
@@ -367,9 +367,10 @@ class Store:
         """Return the photos that are not done."""
         return [job for job in self.jobs.values() if not job.done()]
 
-    async def start(self, id: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Start work on a photo; it goes on even if the client leaves."""
-        self.jobs[id] = job = asyncio.create_task(work)
+    async def start(self, id: str | None, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Start work on a photo; it goes on even if the client leaves. Nobody asks for None."""
+        job = asyncio.create_task(work)
+        self.jobs[id or job.get_name()] = job
         for done in [id for id, job in self.jobs.items() if job.done()][:-MAX_JOBS]:
             del self.jobs[done]
         return job
@@ -510,7 +511,7 @@ async def post_detect(request: web.Request) -> web.Response:
     """POST /detect: find the faces in a photo, and keep nothing."""
     _, photo = await read_photo(request)
     work = run_in_pool(request.app, photo, drawn=False)
-    job = await request.app[STORE].start(str(uuid.uuid4()), work)
+    job = await request.app[STORE].start(None, work)
     _, meta = result_of(await asyncio.shield(job))
     return json_response(meta)
 
