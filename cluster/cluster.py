@@ -90,8 +90,10 @@ class RedisStore(Store):
         self.channel = f"faces:{pool.connection_kwargs.get('db', 0)}"  # all databases share them
         self.subscribed = asyncio.Event()
 
-    async def start(self, id: str, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    async def start(self, id: str | None, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Start work on a photo, and promise all processes that something will come of it."""
+        if id is None:
+            return await super().start(id, work)
         try:
             with redis_needed():
                 await self.redis.set(key_of(id), b"", px=PROMISE * 1000)
@@ -121,9 +123,9 @@ class RedisStore(Store):
             with contextlib.suppress(RedisError):  # gt, as the image may be there by now
                 await self.redis.pexpire(key_of(id), PROMISE * 1000, gt=True)
 
-    async def put(self, image: Image) -> None:
+    async def put(self, id: str, image: Image) -> None:
         """Keep an image, and tell the other processes."""
-        key, value = key_of(image.meta["id"]), encode(image)
+        key, value = key_of(id), encode(image)
         news = self.process + b" " + value.partition(b"\n")[0]
         with redis_needed():
             seconds, microseconds = await self.redis.time()
@@ -131,7 +133,7 @@ class RedisStore(Store):
             await self.redis.eval(
                 KEEP, 2, key, NEWEST, deadline, value, self.keep_seconds, news, LISTED, self.channel
             )
-        self.jobs.pop(image.meta["id"], None)
+        del self.jobs[id]
 
     async def get(self, id: str) -> Image | Exception | None:
         """Return what became of a photo, as soon as it is known."""

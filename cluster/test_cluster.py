@@ -291,6 +291,11 @@ async def test_nobody_waits_for_a_process_that_was_killed(
 
 
 # --- Letting go of images ---
+async def put(store: cluster.RedisStore, id: str, size: int = 100) -> None:
+    await store.start(id, asyncio.sleep(0))
+    await store.put(id, Image(0, bytes(size), {"id": id}))
+
+
 async def found(store: cluster.RedisStore, ids: list[str]) -> list[str]:
     """Return those ids whose images are there."""
     there = []
@@ -307,7 +312,7 @@ async def listed(store: cluster.RedisStore) -> list[str]:
 
 
 async def test_an_image_is_kept_for_the_time_set(store: cluster.RedisStore) -> None:
-    await store.put(Image(0, b"jpeg", {"id": "short"}))
+    await put(store, "short")
     assert await found(store, ["short"]) == await listed(store) == ["short"]
     await asyncio.sleep(2.1)
     assert await found(store, ["short"]) == await listed(store) == []
@@ -317,7 +322,7 @@ async def test_a_full_redis_lets_go_of_old_images(store: cluster.RedisStore, red
     redis.ask("config", "set", "maxmemory", "8mb")
     ids = [str(number) for number in range(20)]
     for id in ids:
-        await store.put(Image(0, bytes(10**6), {"id": id}))
+        await put(store, id, size=10**6)
     there = await found(store, ids)
     redis.ask("config", "set", "maxmemory", "0")
     assert there[-1] == ids[-1] and 3 < len(there) < 8
@@ -327,7 +332,7 @@ async def test_a_full_redis_lets_go_of_old_images(store: cluster.RedisStore, red
 async def test_the_newest_100_are_listed(store: cluster.RedisStore) -> None:
     ids = [str(number) for number in range(102)]
     for id in ids:
-        await store.put(Image(0, b"jpeg", {"id": id}))
+        await put(store, id)
     assert await listed(store) == ids[:1:-1]
 
 
@@ -345,6 +350,8 @@ async def test_a_restart_of_redis_is_survived(
         await client.refused(url, b"no photo")  # it is not even looked at
         for path in ("/health", "/image", f"/image/{old}"):
             assert (await client.get(url + path))[0] == 503
+        async with client.session.post(f"{url}/detect", data=ASTRONAUT) as answer:
+            assert len((await answer.json())["faces"]) == 1  # this needs no Redis
     redis.recover()
     for url in three:
         await client.until(url, status="ok")
@@ -401,23 +408,31 @@ async def test_nothing_is_kept_once_the_poster_was_told_so(
 
     monkeypatch.setattr(store.redis, "time", pause)
     with pytest.raises(web.HTTPServiceUnavailable):
-        await store.put(Image(0, b"jpeg", {"id": "late"}))
+        await store.put("late", Image(0, b"jpeg", {"id": "late"}))
     redis.recover()
     assert await found(store, ["late"]) == await listed(store) == []
 
 
 # --- gunicorn ---
+def two_workers(pid: int) -> list[int]:
+    """Return the processes of gunicorn's workers, once there are two."""
+    while len(children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()) < 2:
+        time.sleep(0.02)
+    return list(map(int, children))
+
+
 async def test_gunicorn_runs_it(redis: Redis, client: Client) -> None:
-    options = "--chdir cluster -k aiohttp.GunicornWebWorker -w 2 -b 127.0.0.1:0 --no-control-socket"
-    app = f'cluster:app("--redis-url={redis.url}")'
-    command = [sys.executable, "-m", "gunicorn", *options.split(), "--log-file", "/dev/stdout", app]
-    gunicorn = Program("env", "-C", CLUSTER.parent, *command)
+    options = "-k aiohttp.GunicornWebWorker -w 2 -b 127.0.0.1:0 --no-control-socket"
+    app = "--chdir", CLUSTER, f'cluster:app("--redis-url={redis.url}")'
+    log = "--log-file", "/dev/stdout"
+    gunicorn = Program(sys.executable, "-m", "gunicorn", *options.split(), *log, *app)
     try:
         url = gunicorn.until_it_says(r"Listening at: (http://\S+)")
         watchers = []
-        async with asyncio.timeout(TIMEOUT):  # until both workers have a watcher
-            while (await client.json(f"{url}/health"))["clients"] == len(watchers):
-                watchers.append(await client.watch(url))
+        for worker in two_workers(gunicorn.process.pid):  # while it is paused, the other answers
+            os.kill(worker, signal.SIGSTOP)
+            watchers.append(await client.watch(url))
+            os.kill(worker, signal.SIGCONT)
         ids = [(await client.post(url))["id"] for _ in range(4)]
         for next_message in watchers:
             assert {await next_message() for _ in ids} == {f"{url}/image/{id}" for id in ids}
