@@ -645,10 +645,12 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
         if status == 503:
             error.headers["Retry-After"] = "1"
         log.info("%s %s %r: %d %s", request.remote, request.method, request.path, status, detail)
+        # Raised, it would keep the photo for a while: aiohttp and its traceback refer to each other.
         document = {"title": error.reason, "status": status, "detail": detail}
-        error.text = json.dumps(document, indent=2) + "\n"
-        error.content_type = "application/problem+json"
-        raise
+        del error.headers["Content-Type"]
+        answer = json_response(document, status, error.headers)
+        answer.content_type = "application/problem+json"
+        return answer
 
 
 def check_site(request: web.Request) -> None:
