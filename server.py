@@ -392,7 +392,8 @@ class Store:
         """Keep an image, and drop the least recently used ones that are too much."""
         self.images[id] = image
         self.size += len(image.jpeg)
-        while len(self.images) > max(1, self.config.keep) or self.size > self.config.keep_mb * MIB:
+        room = self.config.keep_mb * MIB
+        while len(self.images) > 1 and (len(self.images) > self.config.keep or self.size > room):
             self.size -= len(self.images.popitem(last=False)[1].jpeg)
 
     async def get(self, id: str) -> Any:
@@ -413,6 +414,7 @@ DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 STORE = web.AppKey("STORE", Store)
 POOL = web.AppKey("POOL", ThreadPoolExecutor)
 UPLOADS = web.AppKey("UPLOADS", asyncio.Semaphore)
+CORS = web.RequestKey("CORS", bool)  # whether a page of another site may read the answer
 WATCHERS = web.AppKey("WATCHERS", dict)  # of each websocket: transport, URL of images, as JSON
 
 
@@ -441,7 +443,9 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
     )
     if not transport or not websocket.can_prepare(request):
         headers = {"Upgrade": "websocket"}
-        raise web.HTTPUpgradeRequired(text="Connect with wscat -c ws://...", headers=headers)
+        raise web.HTTPUpgradeRequired(
+            text="This is a websocket: wscat -c ws://...", headers=headers
+        )
     if len(watchers) >= request.app[CONFIG].max_clients:
         raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
 
@@ -554,7 +558,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
         raise web.HTTPUnsupportedMediaType(text="Send the body without a Content-Encoding.")
     try:
         async with asyncio.timeout(config.upload_timeout), app[UPLOADS]:
-            body = await request.read()
+            body = await request.clone(client_max_size=config.max_mb * MIB).read()
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="The upload took too long (--upload-timeout).") from None
     except web.RequestPayloadError as error:
@@ -623,7 +627,7 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     """Send each error as a problem document (RFC 9457), aiohttp's own too, and log it."""
     try:
         check_site(request)
-        if request.method == "OPTIONS" and request["cors"]:
+        if request.method == "OPTIONS" and request[CORS]:
             return web.Response()
         return await handler(request)
     except (ConnectionError, TimeoutError):  # the client has left, or does not read
@@ -639,9 +643,11 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
         if status == 503:
             error.headers["Retry-After"] = "1"
         log.info("%s %s %r: %d %s", request.remote, request.method, request.path, status, detail)
-        error.body = json_response({"title": error.reason, "status": status, "detail": detail}).body
-        error.content_type = "application/problem+json"
-        raise
+        # Raised, it would keep the photo for a while: aiohttp and its traceback refer to each other.
+        document = {"title": error.reason, "status": status, "detail": detail}
+        del error.headers["Content-Type"]
+        kind = "application/problem+json"
+        return json_response(document, status=status, headers=error.headers, content_type=kind)
 
 
 def check_site(request: web.Request) -> None:
@@ -657,8 +663,8 @@ def check_site(request: web.Request) -> None:
         raise web.HTTPForbidden(text=f"{host} is not this machine (--host, --public-url).")
 
     origin = request.headers.get("Origin", f"//{host}")
-    request["cors"] = origin in config.allow_origin or "*" in config.allow_origin
-    if not request["cors"] and origin.partition("//")[2] not in (host, public or host):
+    request[CORS] = origin in config.allow_origin or "*" in config.allow_origin
+    if not request[CORS] and origin.partition("//")[2] not in (host, public or host):
         raise web.HTTPForbidden(text=f"A page of {origin} may not use this (--allow-origin).")
 
 
@@ -667,7 +673,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     response.headers.setdefault("Cache-Control", "no-cache")
     response.headers["Content-Security-Policy"] = "frame-ancestors 'none'"
     response.headers.update({"X-Content-Type-Options": "nosniff", "Vary": "Origin"})
-    if request.get("cors"):
+    if request.get(CORS):
         for name in ("Origin", "Methods", "Headers"):
             response.headers[f"Access-Control-Allow-{name}"] = "*"
 
@@ -675,7 +681,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 # --- The application ---
 def create_app(config: Config = Config(), detector: Detector | None = None) -> web.Application:
     """Return the server. Raises OSError or ValueError if the model file is invalid."""
-    app = web.Application(middlewares=[explain_errors], client_max_size=config.max_mb * MIB)
+    app = web.Application(middlewares=[explain_errors])
     app[CONFIG] = config
     app[DETECTOR] = detector or load_detector(config.model, config.min_score)
     app[STORE] = Store(config)
@@ -741,11 +747,12 @@ def serve(app: web.Application) -> None:
         with socket.socket(type=socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
             probe.connect(("192.0.2.1", 9))  # sends nothing, but has an address in the network
             host = probe.getsockname()[0]
-    print(commands(f"http://{host}:{listener.getsockname()[1]}"), flush=True)
+    url = f"http://{host}:{listener.getsockname()[1]}"
+
     web.run_app(
         app,
         sock=listener,
-        print=None,
+        print=lambda _: print(commands(url), flush=True),  # SIGTERM is handled from now on
         access_log=None,
         auto_decompress=False,
         keepalive_timeout=config.upload_timeout,

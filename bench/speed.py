@@ -1,20 +1,25 @@
-"""How fast is the whole server, beside what it could be at best?
+"""How many photos a second does the server take, and how many could it take at best?
 
-    python bench/speed.py [--model FILE] [--seconds 10] [--rounds 3]
+    python bench/speed.py [--model FILE] [--seconds 5] [--rounds 5]
 
-Prints, for three sizes of photo, the server's requests a second with a connection for each thread and one more, beside
-(a) the bare pipeline, annotate() in as many threads without a server, and (b) the naive one: the cascade's usual call
-on the whole photo. Two settings of the server for a process that is busy, OpenCV with one thread a photo and memory
-that is kept for the next, help the bare pipeline as well: that is (a) tuned. All take turns, so that a noisy machine is
-noisy for all; each number is the median of the rounds. Then it says where the time of a 12-megapixel photo goes, on one
-thread.
+For three sizes of photo it prints the rates of POST /image and POST /detect, with a connection
+for each thread and one more, and beside them:
+
+(a)        annotate() in as many threads, without a server,
+(a) tuned  the same with the memory settings of the container, which the server has here too,
+(b)        the same with the cascade as most examples call it, on the whole photo.
+
+All take turns, so that a noisy machine is noisy for all. Each number is the median of the rounds.
+A second table says where the time of a 12-megapixel photo goes, on one thread.
 """
 
 import argparse
 import asyncio
+import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,30 +32,52 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import server  # noqa: E402
 
-PIPELINES = "bare", "tuned", "naive"
 SIZES = {"640 x 480": (640, 480), "2 MP": (1632, 1224), "12 MP": (4000, 3000)}
+PIPELINES = ("bare", "tuned", "naive")
+THREADS = server.Config().threads
+MEMORY = {  # glibc keeps the memory of a photo for the next one; as in the Dockerfile
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "67108864",
+    "MALLOC_TRIM_THRESHOLD_": "134217728",
+}
+BOUNDARY = b"------------------------d74496d66958873e"  # as curl makes them
+PART = b'--%b\r\nContent-Disposition: form-data; name="image"; filename="photo.jpg"\r\n\r\n'
+REQUEST = (
+    b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
+    b"Content-Type: multipart/form-data; boundary=%b\r\n\r\n"
+)
 
 
-def photo(width: int, height: int) -> bytes:
-    """The astronaut, as wide as the photo."""
+def encode(pixels: server.Pixels) -> bytes:
+    """Return a JPEG, as the server makes it."""
+    quality = [cv2.IMWRITE_JPEG_QUALITY, server.JPEG_QUALITY]
+    return cv2.imencode(".jpg", pixels, quality)[1].tobytes()
+
+
+def make_photo(width: int, height: int) -> bytes:
+    """Return the astronaut as a JPEG, as wide as the photo."""
     astronaut = cv2.imread(str(ROOT / "samples/astronaut.jpg"))
-    image = cv2.resize(astronaut, (width, width), interpolation=cv2.INTER_CUBIC)[:height]
-    grain = np.random.default_rng(1).normal(0, 4, image.shape)  # else an enlarged photo would encode too well
-    image = np.clip(image + grain, 0, 255).astype(np.uint8)
-    return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+    pixels = cv2.resize(astronaut, (width, width), interpolation=cv2.INTER_CUBIC)[:height]
+    # Without grain, an enlarged photo would be easier to encode than one from a camera.
+    grain = np.random.default_rng(1).normal(0, 4, pixels.shape)
+    pixels = np.clip(pixels + grain, 0, 255).astype(np.uint8)
+    return encode(pixels)
 
 
-class NaiveDetector(server.HaarDetector):
+class NaiveDetector(threading.local):
     """The cascade on the whole photo, with the settings of most examples."""
 
-    def __call__(self, image: server.Pixels) -> list[server.Face]:
-        grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-        return [server.Face(*box, 0) for box in self.cascade.detectMultiScale(grey, 1.1, 5, minSize=(30, 30)).tolist()]
+    def __init__(self) -> None:
+        self.cascade = cv2.CascadeClassifier(str(ROOT / server.CASCADE))
+
+    def __call__(self, pixels: server.Pixels) -> list[server.Face]:
+        grey = cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY)
+        boxes = self.cascade.detectMultiScale(grey, 1.1, 5, minSize=(30, 30))
+        return [server.Face(*map(int, box), 0) for box in boxes]
 
 
-def pipeline(detector: server.Detector, seconds: float, photo: bytes) -> float:
-    """Photos a second through annotate() in a thread for each CPU."""
-    threads = server.usable_cpus()
+def measure_pipeline(detector: server.Detector, seconds: float, photo: bytes) -> float:
+    """Return the photos a second through annotate() in as many threads as the server has."""
 
     def work(until: float) -> int:
         done = 0
@@ -59,109 +86,127 @@ def pipeline(detector: server.Detector, seconds: float, photo: bytes) -> float:
             done += 1
         return done
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda _: server.annotate(photo, detector), range(threads)))  # a detector for each thread
+    with ThreadPoolExecutor(THREADS) as pool:
+        # Once in each thread first, since each makes a detector of its own.
+        list(pool.map(lambda _: server.annotate(photo, detector), range(THREADS)))
         start = time.monotonic()
-        done = sum(pool.map(work, [start + seconds] * threads))
+        done = sum(pool.map(work, [start + seconds] * THREADS))
         return done / (time.monotonic() - start)
 
 
-async def requests(port: int, seconds: float, photo: bytes) -> list[float]:
-    """The seconds that each answer took."""
-    boundary = b"------------------------d74496d66958873e"  # as curl makes them
-    request = b"POST /image HTTP/1.1\r\nHost: bench\r\nContent-Type: multipart/form-data; boundary=%b\r\n" % boundary
-    head = b'--%b\r\nContent-Disposition: form-data; name="image"; filename="photo.jpg"\r\n\r\n' % boundary
-    body = head + photo + b"\r\n--%b--\r\n" % boundary
-    request += b"Content-Length: %d\r\n\r\n" % len(body) + body
-    until, took = time.monotonic() + seconds, []
+async def post(port: int, path: bytes, photo: bytes, seconds: float) -> tuple[float, list[float]]:
+    """Post without a pause; return the answers a second, and the seconds that each took."""
+    form = PART % BOUNDARY + photo + b"\r\n--%b--\r\n" % BOUNDARY
+    request = REQUEST % (path, len(form), BOUNDARY) + form
+    start, took = time.monotonic(), []
 
     async def client() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
-        while time.monotonic() < until:
-            start = time.perf_counter()
+        while time.monotonic() < start + seconds:
+            begin = time.perf_counter()
             writer.write(request)
             answer = await reader.readuntil(b"\n}\n")
-            assert answer.startswith(b"HTTP/1.1 201 "), answer
-            took.append(time.perf_counter() - start)
+            assert answer.startswith(b"HTTP/1.1 20"), answer
+            took.append(time.perf_counter() - begin)
         writer.close()
         await writer.wait_closed()
 
-    await asyncio.gather(*(client() for _ in range(server.usable_cpus() + 1)))
-    return took
+    await asyncio.gather(*(client() for _ in range(THREADS + 1)))
+    return len(took) / (time.monotonic() - start), took
 
 
-def steps(photo: bytes, detector: server.Detector, count: int = 20) -> dict[str, float]:
-    """Milliseconds of each step of annotate(), on this thread."""
-    image = server.decode(photo)
-    jpeg = [cv2.IMWRITE_JPEG_QUALITY, server.JPEG_QUALITY]
-
-    def milliseconds(step: Callable[[], object]) -> float:
+def print_steps(detector: server.Detector, photo: bytes, count: int = 20) -> None:
+    """Print the milliseconds of each step of annotate(), on this thread."""
+    cv2.setNumThreads(1)
+    pixels = server.decode(photo)
+    steps: dict[str, Callable[[], object]] = {
+        "decode the JPEG": lambda: server.decode(photo),
+        "find the faces": lambda: detector(pixels),
+        "encode the JPEG": lambda: encode(pixels),
+        "all of annotate()": lambda: server.annotate(photo, detector),
+    }
+    print("\n| 12 MP, one thread | ms |\n| --- | --- |")
+    for name, step in steps.items():
         step()
         start = time.thread_time()
         for _ in range(count):
             step()
-        return (time.thread_time() - start) / count * 1000
+        print(f"| {name} | {(time.thread_time() - start) / count * 1000:.0f} |")
 
-    return {
-        "decode the JPEG": milliseconds(lambda: server.decode(photo)),
-        "find the faces": milliseconds(lambda: detector(image)),
-        "encode the JPEG": milliseconds(lambda: cv2.imencode(".jpg", image, jpeg)),
-        "all of annotate()": milliseconds(lambda: server.annotate(photo, detector)),
-    }
+
+def start_server(model: str) -> tuple[subprocess.Popen[str], int]:
+    """Start the server; return it and its port."""
+    command = [sys.executable, str(ROOT / "server.py"), "--port", "0", "--model", model]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | MEMORY,
+    )
+    assert process.stdout is not None
+    line = next(line for line in process.stdout if "check" in line)
+    return process, int(line.rpartition(":")[2].partition("/")[0])
+
+
+def make_row(name: str, size: tuple[int, int], port: int, options: argparse.Namespace) -> str:
+    """Measure everything with photos of a size; return its row of the table."""
+    photo, took = make_photo(*size), []
+    rates: dict[str, list[float]] = {each: [] for each in ("image", "detect", *PIPELINES)}
+    script = [sys.executable, __file__, "--model", options.model]
+    script += ["--seconds", str(options.seconds), "--pipeline"]
+    asyncio.run(post(port, b"/image", photo, 1))  # warm
+    for _ in range(options.rounds):
+        rate, seconds = asyncio.run(post(port, b"/image", photo, options.seconds))
+        rates["image"].append(rate)
+        took += seconds
+        rates["detect"].append(asyncio.run(post(port, b"/detect", photo, options.seconds))[0])
+        for which in PIPELINES:
+            env = os.environ | (MEMORY if which == "tuned" else {})
+            done = subprocess.run(
+                [*script, which], input=photo, stdout=subprocess.PIPE, env=env, check=True
+            )
+            rates[which].append(float(done.stdout))
+
+    image, detect, bare, tuned, naive = (statistics.median(each) for each in rates.values())
+    cuts = statistics.quantiles(took, n=20)
+    return (
+        f"| {name} | {image:.1f} | {cuts[9] * 1000:.0f} ms | {cuts[18] * 1000:.0f} ms"
+        f" | {detect:.1f} | {bare:.1f} | {tuned:.1f} | {naive:.1f}"
+        f" | {image / bare:.2f} | {image / tuned:.2f} | {image / naive:.1f} |"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="", help="as of server.py")
-    parser.add_argument("--seconds", type=float, default=5, help="of each measurement (default: 5)")
-    parser.add_argument("--rounds", type=int, default=5, help="of all measurements (default: 5)")
-    parser.add_argument("--pipeline", choices=PIPELINES, help="measure only this, on the photo in the input")
+    add = parser.add_argument
+    add("--model", default="", help="as of server.py")
+    add("--seconds", type=float, default=5, help="of each measurement (default: 5)")
+    add("--rounds", type=int, default=5, help="of all measurements (default: 5)")
+    add("--pipeline", choices=(*PIPELINES, "steps"), help="only this, on the photo in the input")
     options = parser.parse_args()
-    detector = server.load_detector(options.model)
     if options.pipeline:
-        if options.pipeline == "naive":
-            detector = NaiveDetector(ROOT / server.CASCADE, 0)
-        if options.pipeline == "tuned":
-            server.keep_memory()
-            cv2.setNumThreads(1)
-        print(pipeline(detector, options.seconds, sys.stdin.buffer.read()))
+        photo, detector = sys.stdin.buffer.read(), server.load_detector(options.model)
+        if options.pipeline == "steps":
+            print_steps(detector, photo)
+        else:
+            detector = NaiveDetector() if options.pipeline == "naive" else detector
+            print(measure_pipeline(detector, options.seconds, photo))
         return
-    command = [sys.executable, str(ROOT / "server.py"), "--port", "0", "--model", options.model]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    port = int(next(line for line in process.stdout if "check" in line).rpartition(":")[2].partition("/")[0])
-    print("| photo | requests/s | p50 | p95 | (a) bare/s | (a) tuned/s | (b) naive/s", end=" ")
-    print("| of (a) | of (a) tuned | times (b) |\n" + "| --- " * 10 + "|")
+
+    process, port = start_server(options.model)
+    print("| photo | POST /image a second | p50 | p95 | POST /detect a second", end=" ")
+    print("| (a) a second | (a) tuned | (b) naive | of (a) | of (a) tuned | times (b) |")
+    print("| --- " * 11 + "|", flush=True)
     try:
         for name, size in SIZES.items():
-            jpeg, rates, took = photo(*size), {name: [] for name in ("server", *PIPELINES)}, []
-            asyncio.run(requests(port, 1, jpeg))  # warm
-            for _ in range(options.rounds):
-                start = time.monotonic()
-                answers = asyncio.run(requests(port, options.seconds, jpeg))
-                rates["server"].append(len(answers) / (time.monotonic() - start))
-                took += answers
-                for which in PIPELINES:
-                    script = [sys.executable, __file__, "--pipeline", which, "--model", options.model]
-                    done = subprocess.run(
-                        [*script, "--seconds", str(options.seconds)], input=jpeg, stdout=subprocess.PIPE, check=True
-                    )
-                    rates[which].append(float(done.stdout))
-            rate, bare, tuned, naive = (statistics.median(each) for each in rates.values())
-            cuts = statistics.quantiles(took, n=20)
-            print(
-                f"| {name} | {rate:.1f} | {cuts[9] * 1000:.0f} ms | {cuts[18] * 1000:.0f} ms | {bare:.1f} | {tuned:.1f}"
-                f" | {naive:.1f} | {rate / bare:.2f} | {rate / tuned:.2f} | {rate / naive:.1f} |",
-                flush=True,
-            )
+            print(make_row(name, size, port, options), flush=True)
     finally:
         process.terminate()
         process.wait()
-    print("\n| 12 MP, one thread | ms |\n| --- | --- |")
-    server.keep_memory()
-    cv2.setNumThreads(1)
-    for name, value in steps(photo(*SIZES["12 MP"]), detector).items():
-        print(f"| {name} | {value:.0f} |")
+    script = [sys.executable, __file__, "--model", options.model, "--pipeline", "steps"]
+    photo = make_photo(*SIZES["12 MP"])
+    subprocess.run(script, input=photo, env=os.environ | MEMORY, check=True)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """The server of ../server.py on many processes and machines.
 
-Redis keeps the images, so that any process serves any of them, and one channel tells every process of a new one.
+Redis keeps the images, so any process serves any of them. A channel of Redis tells every process
+of a new image.
 """
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import sys
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,125 +26,140 @@ from redis.exceptions import RedisError
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import server
-from server import Annotated, Config, Face, Image, Problem, Store, option
+from server import ERRORS, Config, Detector, Image, Store
 
-PROMISE = 2000  # ms until the promise of a process that died is gone
-TIMEOUT = 3  # s for an answer of Redis
-POLL = 0.1  # s between looks at a promise
-RETRY = 0.5  # s between attempts to subscribe
-KEEP = """  -- all of it by the time ARGV[1], or nothing: a paused Redis would do it when nobody waits for it any more
+KEEP_SECONDS = 3600  # the default
+PROMISE = 2  # seconds until the photos of a process that died are given up
+REFUSAL = 60  # seconds to keep what is wrong with a photo
+TIMEOUT = 3  # seconds for an answer of Redis
+POLL = 0.1  # seconds between looks at a photo that another process works on
+RETRY = 0.5  # seconds between attempts to subscribe
+NEWEST = "newest"  # the key of a list: the news of the last images
+LISTED = 100  # images in that list
+
+# It does everything by ARGV[1], or nothing: a Redis that was paused would do it later, though the
+# poster was told that it failed.
+KEEP = """
     local now = redis.call('TIME')
-    if now[1] + now[2] / 1e6 > tonumber(ARGV[1]) then return redis.error_reply('it came too late') end
+    if now[1] + now[2] / 1e6 > tonumber(ARGV[1]) then return redis.error_reply('too late') end
     redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[3])
-    if ARGV[5] ~= '' then redis.call('PUBLISH', ARGV[4], ARGV[5]) end
+    redis.call('LPUSH', KEYS[2], ARGV[4])
+    redis.call('LTRIM', KEYS[2], 0, ARGV[5] - 1)
+    redis.call('PUBLISH', ARGV[6], ARGV[4])
 """
 
 log = logging.getLogger("faces.cluster")
 
 
-@dataclass(frozen=True)
-class ClusterConfig(Config):
-    """What can be set: all that server.py has, and Redis."""
+class RedisAway(Exception):
+    """Redis did not keep an image."""
 
-    keep: int = option(100, "without effect, since Redis keeps the images")
-    keep_mb: int = option(128, "without effect, since Redis keeps the images")
-    redis_url: str = option("redis://localhost:6379/0", "Redis, with a database of its own")
-    keep_seconds: int = option(3600, "seconds to keep an image, where Redis has room for so long")
+
+ERRORS[RedisAway] = web.HTTPServiceUnavailable
 
 
 @contextlib.contextmanager
 def redis_needed() -> Iterator[None]:
-    """Answer 503 where Redis does not do what it is asked for."""
+    """Answer 503 if Redis does not do what it is asked for."""
     try:
         yield
     except RedisError as error:
         log.warning("Redis is away: %s", error)
-        raise Problem(503, "The images are out of reach: Redis is away (--redis-url).") from None
+        raise web.HTTPServiceUnavailable(text="Redis is away (--redis-url).") from None
 
 
 class RedisStore(Store):
-    """What became of each photo, in Redis, and the channel for what is new.
+    """The images in Redis, and the photos that this process works on.
 
-    The key of an id holds its Image or its Problem, or b"" as long as it is promised.
+    The key of a photo holds its Image or what is wrong with it; b"" while a process works on it.
     """
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: Config, redis_url: str, keep_seconds: int) -> None:
+        super().__init__(config)
         pool = BlockingConnectionPool.from_url(
-            config.redis_url,
+            redis_url,
             timeout=TIMEOUT,
             socket_timeout=TIMEOUT,
             socket_connect_timeout=TIMEOUT,
-            retry=Retry(NoBackoff(), 0),  # Redis may have done what it did not answer: once is enough
-            protocol=2,  # with 3, redis-py 8.1 takes a connection that Redis has closed for a good one
+            retry=Retry(NoBackoff(), 0),  # Redis may have done what it did not answer
+            protocol=2,  # with 3, redis-py 8.1 reuses connections that Redis has closed
         )
         self.redis = Redis.from_pool(pool)
-        self.keep_seconds = config.keep_seconds
-        self.renewals: dict[str, asyncio.Task[None]] = {}  # a task for each promise
+        self.keep_seconds = keep_seconds
         self.process = str(uuid.uuid4()).encode()
-        self.channel = f"faces:{pool.connection_kwargs.get('db', 0)}"  # channels are common to all databases
+        self.channel = f"faces:{pool.connection_kwargs.get('db', 0)}"  # all databases share them
         self.subscribed = asyncio.Event()
 
-    async def promise(self, id: str) -> None:
-        with redis_needed():
-            await self.redis.set(f"faces:{id}", b"", px=PROMISE)
-        self.renewals[id] = asyncio.create_task(self.renew(id))
+    async def start(self, id: str | None, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Start work on a photo, and promise all processes that something will come of it."""
+        if id is None:
+            return await super().start(id, work)
+        try:
+            with redis_needed():
+                await self.redis.set(key_of(id), b"", px=PROMISE * 1000)
+        except web.HTTPServiceUnavailable:
+            work.close()  # else Python warns that nobody awaited it
+            raise
+        return await super().start(id, work)
+
+    async def run(self, id: str, work: Coroutine[Any, Any, Any]) -> Any:
+        """Do the work, and tell all processes if nothing comes of it."""
+        renewal = asyncio.create_task(self.renew(id))
+        try:
+            outcome = await super().run(id, work)
+        finally:
+            renewal.cancel()
+        if isinstance(outcome, Exception):
+            with contextlib.suppress(RedisError):  # without Redis, the promise lapses
+                await self.redis.set(key_of(id), encode(outcome), ex=REFUSAL)
+        return outcome
 
     async def renew(self, id: str) -> None:
         """Have a promise last as long as this process."""
         while True:
-            await asyncio.sleep(PROMISE / 1000 / 4)
-            with contextlib.suppress(RedisError):
-                await self.redis.pexpire(f"faces:{id}", PROMISE, gt=True)  # gt: put() may have been faster
+            await asyncio.sleep(PROMISE / 4)
+            with contextlib.suppress(RedisError):  # gt, as the image may be there by now
+                await self.redis.pexpire(key_of(id), PROMISE * 1000, gt=True)
 
-    async def put(self, id: str, outcome: Image | Problem) -> None:
-        """Keep an outcome, and tell the other processes of an image, whose own watchers the server tells next."""
-        if id in self.renewals:
-            self.renewals.pop(id).cancel()
-        value = encode(outcome)
-        news = self.process + b" " + value.partition(b"\n")[0] if isinstance(outcome, Image) else b""
+    async def put(self, id: str, image: Image) -> None:
+        """Keep an image, and tell the other processes."""
+        key, value = key_of(id), encode(image)
+        news = self.process + b" " + value.partition(b"\n")[0]
         try:
-            with redis_needed():
-                seconds, microseconds = await self.redis.time()
-                deadline = f"{seconds + TIMEOUT}.{microseconds:06}"
-                await self.redis.eval(KEEP, 1, f"faces:{id}", deadline, value, self.keep_seconds, self.channel, news)
-        except Problem:
-            if isinstance(outcome, Image):  # otherwise, the promise soon lapses
-                raise
+            seconds, microseconds = await self.redis.time()
+            deadline = f"{seconds + TIMEOUT}.{microseconds:06}"
+            await self.redis.eval(
+                KEEP, 2, key, NEWEST, deadline, value, self.keep_seconds, news, LISTED, self.channel
+            )
+        except RedisError as error:
+            log.warning("Redis is away: %s", error)
+            raise RedisAway("Redis is away (--redis-url).") from None
 
-    async def get(self, id: str) -> Image | Problem:
+    async def get(self, id: str) -> Any:
+        """Return what became of a photo, as soon as it is known."""
+        if id in self.jobs:
+            return await super().get(id)
         with redis_needed():
-            value = await self.redis.get(f"faces:{id}")
+            value: Any = await self.redis.get(key_of(id))
             while value == b"":
                 await asyncio.sleep(POLL)
-                value = await self.redis.get(f"faces:{id}")
+                value = await self.redis.get(key_of(id))
         if value is None:
-            raise Problem(404, "There is no such image; Redis lets go of the old and the unused (--keep-seconds).")
+            raise web.HTTPNotFound(text="There is no such image (any more: --keep-seconds).")
         return decode(value)
 
-    async def health(self) -> dict[str, Any]:
-        try:
-            await self.check()
-            images, memory = await self.redis.dbsize() - len(self.renewals), await self.redis.info("memory")
-            return {"images": images, "bytes": memory["used_memory"]}
-        except (Problem, RedisError):
-            return {"status": "no Redis", "images": None, "bytes": None}
-
-    async def check(self) -> None:
-        """Raise Problem where Redis is away."""
+    async def newest_first(self) -> list[Image]:
+        """Return the last images, without their JPEGs, and without those that Redis dropped."""
         with redis_needed():
-            if not self.subscribed.is_set():
-                raise RedisError("not subscribed")
-            await self.redis.ping()
-
-    @web.middleware
-    async def check_first(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Take no photo that could not be kept."""
-        if handler is server.post_image:
-            await self.check()
-        return await handler(request)
+            listed: Any = await self.redis.lrange(NEWEST, 0, -1)
+            images = [from_news(news) for news in listed]
+            pipeline = self.redis.pipeline(transaction=False)
+            for image in images:
+                pipeline.exists(key_of(image.meta["id"]))
+            return list(itertools.compress(images, await pipeline.execute()))
 
     async def relay(self, app: web.Application) -> None:
-        """Announce what the other processes publish. When Redis goes away, begin again until it is back."""
+        """Announce what other processes publish. If Redis goes away, retry until it is back."""
         while True:
             try:
                 async with self.redis.pubsub() as channel:
@@ -157,10 +173,9 @@ class RedisStore(Store):
                             raise RedisError("it does not answer")
                         if message["type"] == "subscribe":
                             self.subscribed.set()
-                        if message["type"] == "message" and not message["data"].startswith(self.process):
-                            image = decode(message["data"].partition(b" ")[2])
-                            assert isinstance(image, Image)
-                            await server.announce(app, image)
+                        news = message["data"] if message["type"] == "message" else self.process
+                        if not news.startswith(self.process):
+                            await server.announce(app, from_news(news))
             except Exception as error:
                 if self.subscribed.is_set():
                     log.warning("The subscription is lost: %r", error)
@@ -179,45 +194,83 @@ class RedisStore(Store):
         await asyncio.wait([relay])
         await self.redis.aclose()
 
+    @web.middleware
+    async def tell_health(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """GET /health: 503 without Redis, and the numbers of Redis."""
+        if handler is not server.get_health:
+            return await handler(request)
+        with redis_needed():
+            if not self.subscribed.is_set():
+                raise RedisError("not subscribed")
+            keys, memory = await self.redis.dbsize(), await self.redis.info("memory")
+        stored = {"images": keys, "bytes": memory["used_memory"], "queued": len(self.under_way())}
+        clients = len(request.app[server.WATCHERS])
+        return server.json_response({"status": "ok", "clients": clients} | stored)
 
-def encode(outcome: Image | Problem) -> bytes:
-    """An outcome as a line of JSON, with the JPEG after it."""
-    if isinstance(outcome, Problem):
-        return json.dumps({"status": outcome.status, "detail": outcome.detail}).encode()
-    return json.dumps(outcome.meta("")).encode() + b"\n" + outcome.annotated.jpeg
+
+def key_of(id: str) -> str:
+    """Return the key of a photo in Redis."""
+    return f"faces:{id}"
 
 
-def decode(value: bytes) -> Image | Problem:
-    """The outcome that was encoded."""
+def encode(outcome: Image | Exception) -> bytes:
+    """Return an image as a line of JSON and its JPEG, or an exception as JSON."""
+    if isinstance(outcome, Exception):
+        return json.dumps({"error": type(outcome).__name__, "text": str(outcome)}).encode()
+    return json.dumps(outcome.meta).encode() + b"\n" + outcome.jpeg
+
+
+def decode(value: bytes) -> Image | Exception:
+    """Return what was encoded."""
     line, _, jpeg = value.partition(b"\n")
     known = json.loads(line)
-    if "status" in known:
-        return Problem(known["status"], known["detail"])
-    faces = [Face(**box) for box in known["faces"]]
-    return Image(
-        known["id"], known["filename"], known["took_ms"], Annotated(jpeg, known["width"], known["height"], faces)
-    )
+    for error in ERRORS:
+        if known.get("error") == error.__name__:
+            return error(known["text"])
+    return Image(0, jpeg, known)
 
 
-def create_app(config: ClusterConfig) -> web.Application:
-    """The server, with its images in Redis."""
-    try:
-        store = RedisStore(config)
-    except ValueError as error:
-        sys.exit(f"{error} (--redis-url)")
-    app = server.create_app(config)
+def from_news(news: bytes) -> Image:
+    """Return the image that a process told of, without its JPEG."""
+    return Image(0, b"", json.loads(news.partition(b" ")[2]))
+
+
+def create_app(
+    config: Config,
+    redis_url: str,
+    keep_seconds: int = KEEP_SECONDS,
+    detector: Detector | None = None,
+) -> web.Application:
+    """Return the server, with its images in Redis. Raises ValueError if the URL is invalid."""
+    store = RedisStore(config, redis_url, keep_seconds)
+    app = server.create_app(config, detector)
     app[server.STORE] = store
-    app.middlewares.append(store.check_first)
+    app.middlewares.append(store.tell_health)
     app.cleanup_ctx.append(store.stay_subscribed)
     return app
 
 
-def app(*options: str) -> web.Application:
-    """The server for gunicorn, with its options in brackets: 'cluster:app("--keep-seconds=60")'."""
-    config = server.parse_config(list(options), ClusterConfig)
-    assert isinstance(config, ClusterConfig)
-    return create_app(config)
+def app(*arguments: str) -> web.Application:
+    """Return the server with the options of a command line, as gunicorn needs it."""
+    parser = server.make_parser()
+    parser.description = "--keep and --keep-mb have no effect, since Redis keeps the images."
+    parser.add_argument("--redis-url", help="Redis, with a database of its own")
+    parser.add_argument("--keep-seconds", type=int, help="seconds to keep an image")
+    parser.set_defaults(redis_url="redis://localhost:6379/0", keep_seconds=KEEP_SECONDS)
+    options = vars(parser.parse_args(arguments))
+    redis_url, keep_seconds = options.pop("redis_url"), options.pop("keep_seconds")
+    return create_app(Config(**options), redis_url, keep_seconds)
+
+
+def main() -> None:
+    """Run one process with the options of the command line."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        faces = app(*sys.argv[1:])
+    except (OSError, ValueError) as error:
+        sys.exit(f"The model or the URL is invalid (--model, --redis-url): {error}")
+    server.serve(faces)
 
 
 if __name__ == "__main__":
-    server.main(create_app, ClusterConfig)
+    main()

@@ -1,20 +1,20 @@
-"""What the tests share: real server processes, and a real Chromium that tells what goes wrong in it."""
+"""What the tests share: real server processes, and a real Chromium that tells what goes wrong."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
-import cv2
 import pytest
 import pytest_asyncio
 
@@ -34,26 +34,61 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
     "--use-fake-device-for-media-stream",
-    "--host-resolver-rules=MAP classroom 127.0.0.1",  # a name that is not localhost, so that http is not trusted
+    "--host-resolver-rules=MAP classroom 127.0.0.1",  # not localhost, so http is not trusted
 ]
+
+
+class Server(NamedTuple):
+    """A running server: its process, where it listens, and the file of its log."""
+
+    process: subprocess.Popen[str]
+    url: str
+    port: int
+    log: Path
+
+
+@contextlib.contextmanager
+def running(
+    *options: str, program: Path = ROOT / "server.py", files: int | None = None
+) -> Iterator[Server]:
+    """Run a server, on a free port unless the options name one; with a limit of open files.
+
+    In the end it must stop in time, with exit code 0 and no traceback in its log.
+    """
+    command = [sys.executable, str(program), "--port", "0", *options]
+    if files:
+        command = ["sh", "-c", f'ulimit -n {files} && exec "$@"', "sh", *command]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        with log.open("w") as stderr:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        watchdog = threading.Timer(TIMEOUT, process.kill)
+        watchdog.start()
+        try:
+            assert process.stdout
+            line = next((line for line in process.stdout if "/health" in line), "")
+            found = re.search(r"curl (http://\S+:(\d+))/health", line)
+            assert found, log.read_text()
+            watchdog.cancel()
+            yield Server(process, found[1], int(found[2]), log)
+            if process.poll() is None:
+                process.terminate()
+                assert process.wait(8) == 0
+            text = log.read_text()
+            assert "Warning" not in text, text[:3000]
+            _, traceback, tail = text.partition("Traceback")
+            assert not traceback, tail[:3000]
+        finally:
+            watchdog.cancel()
+            process.kill()
+            process.communicate()
 
 
 @contextlib.asynccontextmanager
 async def serving(*options: str, program: Path = ROOT / "server.py") -> AsyncIterator[str]:
-    """Run a server, on a free port unless the options name one; yields its URL."""
-    command = [sys.executable, str(program), "--port", "0", *options]
-    process = await asyncio.create_subprocess_exec(*command, stdout=-1, stderr=asyncio.subprocess.DEVNULL)
-    assert process.stdout is not None
-    try:
-        async with asyncio.timeout(TIMEOUT):
-            while not (url := re.search(rb"curl (http://\S+)/health", await process.stdout.readline())):
-                assert not process.stdout.at_eof(), "the server did not start"
-        yield url[1].decode()
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        async with asyncio.timeout(TIMEOUT):
-            await process.communicate()
+    """Run a server; yields its URL."""
+    with running(*options, program=program) as server:
+        yield server.url
 
 
 @contextlib.asynccontextmanager
@@ -72,7 +107,7 @@ async def chromium(camera: Path) -> AsyncIterator[Browser]:
 
 
 def expect(actual: Any) -> Any:
-    """Playwright's expect, which waits until the expected is so; imported late, as Playwright may be missing."""
+    """Playwright's expect, which waits; imported late, as Playwright may be missing."""
     from playwright.async_api import expect
 
     expect.set_options(timeout=TIMEOUT * 1000)
@@ -81,6 +116,8 @@ def expect(actual: Any) -> Any:
 
 def film(path: Path) -> Path:
     """Write a video of 640 x 480 pixels, of the astronaut's upper part, as what a camera sees."""
+    import cv2  # only now, as server.py sets OpenCV's limits before
+
     frame = cv2.resize(cv2.imread(str(ASTRONAUT))[:384], (640, 480))
     path.write_bytes(cv2.imencode(".jpg", frame)[1].tobytes() * 2)
     return path
@@ -90,7 +127,10 @@ async def post(url: str, photo: bytes = ASTRONAUT.read_bytes(), name: str = "ast
     """Post a photo as curl does; returns the JSON of the answer."""
     form = aiohttp.FormData()
     form.add_field("image", photo, filename=name)
-    async with aiohttp.ClientSession() as session, session.post(f"{url}/image", data=form) as response:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{url}/image", data=form) as response,
+    ):
         assert response.status == 201
         return await response.json()
 
@@ -109,7 +149,7 @@ async def browser(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bro
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Page]]]:
-    """Open a URL as somebody of their own. In the end, nothing may have gone wrong, nor to another host."""
+    """Open a URL in a browser profile of its own. In the end, nothing may have gone wrong."""
     contexts, faults = [], []
 
     async def visit(url: str, allow: str = "", **options: Any) -> Page:
@@ -117,7 +157,11 @@ async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Page]
 
         def check(request_url: str) -> None:
             parts = urlsplit(request_url)
-            if parts.netloc != own and parts.scheme not in ("data", "blob") and f"//{parts.netloc}" not in allow:
+            if (
+                parts.netloc != own
+                and parts.scheme not in ("data", "blob")
+                and f"//{parts.netloc}" not in allow
+            ):
                 faults.append(f"a request to {request_url}")
 
         context = await browser.new_context(**options)
@@ -129,7 +173,9 @@ async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Page]
         page.on("request", lambda request: check(request.url))
         page.on("websocket", lambda socket: check(socket.url))
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda message: "violates" in message.text and faults.append(message.text))
+        page.on(
+            "console", lambda message: "violates" in message.text and faults.append(message.text)
+        )
         await page.goto(url)
         return page
 
@@ -137,47 +183,3 @@ async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Page]
     for context in contexts:
         await context.close()
     assert not faults
-
-
-class Server(NamedTuple):
-    """A running server process, where it listens, and the file that it logs to."""
-
-    process: subprocess.Popen[str]
-    host: str
-    port: int
-    url: str
-    log: Path
-
-
-StartServer = Callable[..., Awaitable[Server]]
-
-
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
-    """A function that starts a server with the given options, on a free port."""
-    servers = []
-
-    def launch(*options: str) -> Server:
-        log = tmp_path_factory.mktemp("server") / "log"
-        command = [sys.executable, str(ROOT / "server.py"), "--port", "0", *options]
-        with log.open("w") as stderr:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
-        assert process.stdout
-        for line in process.stdout:
-            if address := re.search(r"http://([^:/]+):(\d+)", line):
-                servers.append(Server(process, address[1], int(address[2]), address[0], log))
-                return servers[-1]
-        raise AssertionError(log.read_text())
-
-    async def start(*options: str) -> Server:
-        async with asyncio.timeout(20):
-            return await asyncio.to_thread(launch, *options)
-
-    yield start
-    for server in servers:
-        server.process.terminate()
-    for server in servers:
-        with server.process:
-            assert server.process.wait(timeout=8) == 0
-        log = server.log.read_text()
-        assert "Traceback" not in log, log

@@ -1,0 +1,3 @@
+"""Imports server.py before a test imports OpenCV, whose limits it sets."""
+
+import server  # noqa: F401

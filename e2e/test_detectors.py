@@ -1,0 +1,108 @@
+"""What the detectors find, and what they bear."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+
+import photos
+import pytest
+
+import server
+from conftest import ROOT
+from server import cv2, np
+
+YUNET = ROOT / "models/face_detection_yunet_2023mar.onnx"
+ASTRONAUT, FACE = photos.pixels(), (178, 67, 92, 92)  # x, y, width, height
+DETECTORS = {"cascade": server.load_detector(), "YuNet": server.load_detector(str(YUNET))}
+CROWD = np.tile(ASTRONAUT[20:220, 120:320], (6, 6, 1))
+NOISE = np.random.default_rng(1).integers(0, 256, (1500, 2000, 3), np.uint8)
+
+
+@pytest.fixture(params=DETECTORS)
+def detector(request: pytest.FixtureRequest) -> server.Detector:
+    return DETECTORS[request.param]
+
+
+def overlap(face: server.Face, other: tuple[float, ...] = FACE) -> float:
+    """Return the intersection over union of two boxes."""
+    (x, y, width, height, _), (x2, y2, width2, height2) = face, other
+    across = min(x + width, x2 + width2) - max(x, x2)
+    common = max(0, across) * max(0, min(y + height, y2 + height2) - max(y, y2))
+    return common / (width * height + width2 * height2 - common)
+
+
+def test_yunet_is_the_file_of_opencv_zoo() -> None:
+    known = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
+    assert hashlib.sha256(YUNET.read_bytes()).hexdigest() == known
+
+
+@pytest.mark.parametrize("size", [(512, 512), (640, 480), (480, 640), (1280, 1024), (4000, 3000)])
+def test_a_face_is_found_also_stretched(detector: server.Detector, size: tuple[int, int]) -> None:
+    where = np.multiply(FACE, np.tile(size, 2) / 512)
+    found = detector(cv2.resize(ASTRONAUT, size))
+    assert max((overlap(face, where) for face in found), default=0) > 0.5
+
+
+@pytest.mark.parametrize("degrees", [-15, -10, -5, 5, 10, 15])
+def test_a_face_is_found_also_turned(detector: server.Detector, degrees: int) -> None:
+    turn = cv2.getRotationMatrix2D((224, 113), degrees, 1)  # around the middle of the face
+    turned = cv2.warpAffine(ASTRONAUT, turn, (512, 512), borderMode=cv2.BORDER_REFLECT)
+    assert max(map(overlap, detector(turned)), default=0) > 0.5
+
+
+def test_a_face_is_found_also_mirrored_and_dark(detector: server.Detector) -> None:
+    assert len(detector(np.ascontiguousarray(ASTRONAUT[:, ::-1]))) == 1
+    assert len(detector(ASTRONAUT // 3)) == 1
+
+
+def test_each_face_of_a_crowd_is_found(detector: server.Detector) -> None:
+    assert len(detector(CROWD)) == 36
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (23, 23), (31, 33), (640, 20)])
+def test_a_photo_of_any_shape_is_searched(detector: server.Detector, size: tuple[int, int]) -> None:
+    """In a side of 32 px or less, OpenCV 4.14 has YuNet see boxes of infinite size."""
+    for image in (NOISE.reshape(-1, 3)[: size[0] * size[1]].reshape(*size, 3), NOISE):
+        for face in detector(image):
+            assert 0 <= face.x <= face.x + face.width <= image.shape[1]
+            assert 0 <= face.y <= face.y + face.height <= image.shape[0]
+
+
+def test_many_threads_find_what_one_finds(detector: server.Detector) -> None:
+    images = [*photos.KINDS().values(), photos.encode(".jpg", CROWD), photos.encode(".png", NOISE)]
+    alone = [server.annotate(image, detector) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda image: server.annotate(image, detector), images * 2))
+    assert found == alone * 2
+
+
+def test_a_higher_score_can_be_asked_for() -> None:
+    for model, detector in {"": DETECTORS["cascade"], str(YUNET): DETECTORS["YuNet"]}.items():
+        score = detector(ASTRONAUT)[0].score
+        assert server.load_detector(model, score * 0.99)(ASTRONAUT)
+        assert not server.load_detector(model, score * 1.01)(ASTRONAUT)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    {
+        "missing.xml": None,
+        "missing.onnx": None,
+        "junk.xml": b"junk",
+        "other.xml": b"<?xml version='1.0'?><opencv_storage><a>1</a></opencv_storage>",
+        "photo.xml": photos.ASTRONAUT,
+        "junk.onnx": b"junk",
+        "empty.onnx": b"",
+    }.items(),
+)
+def test_a_file_that_is_no_model_is_an_error(tmp_path, name: str, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises((OSError, ValueError), match=name):
+        server.load_detector(str(tmp_path / name))
+
+
+def test_another_cascade_can_be_used(tmp_path) -> None:
+    """Its path has letters that OpenCV on Windows cannot open."""
+    data = ROOT.joinpath(cv2.data.haarcascades, "haarcascade_frontalface_alt2.xml").read_bytes()
+    (tmp_path / "Gesichter, für alle.xml").write_bytes(data)
+    assert server.load_detector(str(tmp_path / "Gesichter, für alle.xml"), 1)(ASTRONAUT)
