@@ -447,8 +447,8 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
         writer_limit=sys.maxsize,  # send_str() never waits; announce() looks at the buffer
     )
     if not transport or not websocket.can_prepare(request):
-        headers = {"Upgrade": "websocket"}
-        raise web.HTTPUpgradeRequired(text="Connect with wscat -c ws://...", headers=headers)
+        text = f"This is a websocket: wscat -c {request.url.with_scheme('ws')}"
+        raise web.HTTPUpgradeRequired(text=text, headers={"Upgrade": "websocket"})
     if len(watchers) >= request.app[CONFIG].max_clients:
         raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
 
@@ -639,7 +639,7 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except web.HTTPError as error:
         status, detail = error.status, error.text
         if error is request.match_info.http_exception:
-            detail = "There is nothing here; GET / tells what there is."
+            detail = f"There is no {request.method} {request.path}; GET / tells what there is."
         if status == 413:
             detail = f"The body is over {request.app[CONFIG].max_mb} MiB (--max-mb)."
         if status == 503:
