@@ -11,8 +11,7 @@ import threading
 import uuid
 from collections import OrderedDict
 
-# OpenCV reads this when it is imported.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "25000000")
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "25000000")  # read by the import of cv2
 
 import cv2
 import numpy as np
@@ -24,7 +23,6 @@ IMAGES: web.AppKey[OrderedDict[str, bytes]] = web.AppKey("IMAGES")
 UPLOADS = web.AppKey("UPLOADS", asyncio.Semaphore)
 WATCHERS: web.AppKey[dict[web.WebSocketResponse, asyncio.Transport]] = web.AppKey("WATCHERS")
 KEEP = 100  # images
-MAX_UPLOADS = 16  # at a time; others wait
 UPLOAD_TIMEOUT = 40  # seconds
 MAX_UNREAD = 16 * 1024  # bytes that a watcher may leave unread; asyncio makes nobody wait before
 
@@ -77,7 +75,7 @@ async def announce(app: web.Application, url: str) -> None:
 
 async def get_faces(request: web.Request) -> web.WebSocketResponse:
     """GET /faces: a websocket that gets the URL of each new image."""
-    websocket = web.WebSocketResponse()
+    websocket = web.WebSocketResponse(timeout=1)  # second, for its goodbye
     watchers, transport = request.app[WATCHERS], request.transport
     await websocket.prepare(request)
     watchers[websocket] = transport
@@ -126,7 +124,7 @@ def create_app() -> web.Application:
     app = web.Application(client_max_size=20 * 2**20)
     app[DETECTOR] = HaarDetector()
     app[IMAGES] = OrderedDict()
-    app[UPLOADS] = asyncio.Semaphore(MAX_UPLOADS)
+    app[UPLOADS] = asyncio.Semaphore(16)  # at a time; others wait
     app[WATCHERS] = {}
     app.on_shutdown.append(finish)
     app.router.add_get("/faces", get_faces)
@@ -139,6 +137,8 @@ async def finish(app: web.Application) -> None:
     """Say goodbye to the watchers; otherwise their handlers would go on for a minute."""
     goodbyes = [each.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in app[WATCHERS]]
     await asyncio.gather(*goodbyes)
+    for transport in app[WATCHERS].values():
+        transport.abort()
 
 
 def main() -> None:
