@@ -57,8 +57,10 @@ class Room:
         (folder / "server.py").write_text(self.local((folder / "server.py").read_text()))
         for block in re.findall(r"```python\n(# (\w+\.py)\n.*?)```", GUIDE, re.DOTALL):
             (folder / block[1]).write_text(self.local(block[0]))
+        # OpenCV's limits of this process, which has imported server.py, are not those of a class.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("OPENCV_")}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self.environment = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"}
+        self.environment = inherited | {"PATH": path, "PYTHONUNBUFFERED": "1"}
 
     def local(self, text: str) -> str:
         return text.replace("8282", str(self.port))
