@@ -59,6 +59,7 @@ MIB = 2**20  # bytes
 MAX_PIXELS = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]  # in a photo
 
 MAX_SCANS = 40  # in a JPEG: cameras write up to 10, and at 50 megapixels each can take 0.1 s
+MAX_SEGMENTS = 10_000  # in a JPEG: of millions, the search would take 10 s
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # of a still picture
 JPEG_QUALITY = 90  # percent; people see no loss
 
@@ -176,13 +177,14 @@ def decode(photo: bytes) -> Pixels:
 
 def check_scans(jpeg: bytes) -> None:
     """Raise BadPhoto if a JPEG has more scans than it needs (libjpeg-turbo#284)."""
-    scans, at = 0, 2
+    scans, segments, at = 0, 0, 2
     # A marker begins a segment, and then the segment's length. Inside of it, a thumbnail may hide.
     while marker := re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]").search(jpeg, at):
         at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
+        segments += 1
         scans += marker[0] == b"\xff\xda"
-        if scans > MAX_SCANS:
-            raise BadPhoto(f"The photo has over {MAX_SCANS} scans.")
+        if scans > MAX_SCANS or segments > MAX_SEGMENTS:
+            raise BadPhoto(f"The photo has over {MAX_SCANS} scans or {MAX_SEGMENTS} segments.")
         if marker[0] == b"\xff\xd9":  # the end of the picture; some phones append a film
             return
 
