@@ -169,7 +169,7 @@ async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Page]
         context = await browser.new_context(**options)
         context.set_default_timeout(TIMEOUT * 1000)
         contexts.append(context)
-        listener = "(violation) => console.log('violates', violation.effectiveDirective, violation.blockedURI)"
+        listener = "(v) => console.log('violates', v.effectiveDirective, v.blockedURI)"
         await context.add_init_script(f"addEventListener('securitypolicyviolation', {listener})")
         page = await context.new_page()
         page.on("request", lambda request: check(request.url))

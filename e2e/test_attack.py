@@ -307,13 +307,11 @@ TOO_LARGE = {
 }
 
 
-@pytest.mark.parametrize("kind", TOO_LARGE)
-async def test_a_photo_that_claims_too_many_pixels_is_refused_at_once(
-    fresh: Server, kind: str
-) -> None:
+async def test_a_photo_that_claims_too_many_pixels_is_refused_at_once(fresh: Server) -> None:
     before = memory(fresh, "VmHWM")
-    words = "damaged" if kind == "PNG of 2^31" else "OPENCV_IO_MAX_IMAGE_PIXELS"
-    assert (await ask(fresh, post(TOO_LARGE[kind]))).says(422, words)
+    for kind, photo in TOO_LARGE.items():
+        words = "damaged" if kind == "PNG of 2^31" else "OPENCV_IO_MAX_IMAGE_PIXELS"
+        assert (await ask(fresh, post(photo))).says(422, words)
     assert memory(fresh, "VmHWM") - before < 32
 
 
@@ -421,15 +419,15 @@ async def test_a_hundred_large_photos_at_once_stay_within_memory() -> None:
 
 
 async def test_photos_that_were_refused_take_no_memory(fresh: Server) -> None:
-    photo = b"text" * (4 * MIB)  # which are 640 MiB, in the end
+    photo = b"text" * (4 * MIB)  # which are 320 MiB, in the end
     for _ in range(5):
         assert (await ask(fresh, post(photo, "Prefer: respond-async"))).status == 202
         await until(fresh, queued=0)
     before = memory(fresh, "VmRSS")
-    for _ in range(40):
+    for _ in range(20):
         assert (await ask(fresh, post(photo, "Prefer: respond-async"))).status == 202
         await until(fresh, queued=0)
-    assert memory(fresh, "VmRSS") - before < 250
+    assert memory(fresh, "VmRSS") - before < 150
 
 
 async def test_photos_that_are_refused_never_drop_an_image(server: Server) -> None:
@@ -441,7 +439,7 @@ async def test_photos_that_are_refused_never_drop_an_image(server: Server) -> No
 
 async def test_photos_that_are_refused_never_drop_one_that_is_under_way(server: Server) -> None:
     """It remembers 1,000 of them."""
-    slow = photos.png(9, 9, photos.zeros(3000 * MIB))  # libpng reads them for some seconds
+    slow = photos.png(9, 9, photos.zeros(1500 * MIB))  # libpng reads them for some seconds
     later = await ask(server, post(slow, "Prefer: respond-async"))
     for _ in range(11):
         async with connect(server) as client:
@@ -454,7 +452,7 @@ async def test_photos_that_are_refused_never_drop_one_that_is_under_way(server: 
 # --- Clients that do not read, or never stop writing ---
 async def test_a_hundred_who_get_an_image_and_do_not_read_it_take_no_memory() -> None:
     noise = np.random.default_rng(1).integers(0, 256, (3600, 3600, 3), np.uint8)
-    with running("--upload-timeout", "4") as server:
+    with running("--upload-timeout", "2") as server:
         meta = json.loads((await ask(server, post(photos.encode(".jpg", noise)))).body)
         path = meta["url"].partition("localhost")[2]
         size = int((await ask_head(server, path))["Content-Length"])
@@ -467,9 +465,9 @@ async def test_a_hundred_who_get_an_image_and_do_not_read_it_take_no_memory() ->
             ]
             for each in deaf:
                 await each.send(get(path))
-            await asyncio.sleep(2)
+            await asyncio.sleep(1)
             assert memory(server, "VmRSS") - before < 30
-            await asyncio.sleep(4)  # without progress: cut off
+            await asyncio.sleep(3)  # without progress: cut off
             assert len(await deaf[0].end()) < size
 
 
@@ -555,14 +553,12 @@ async def test_there_are_no_more_watchers_than_allowed() -> None:
         assert (await ask(server, upgrade())).says(503, "--max-clients")
 
 
-@pytest.mark.parametrize("begun", [b"", b"G"], ids=["silent", "begun"])
-async def test_more_connections_than_open_files_flood_no_log(begun: bytes) -> None:
+async def test_more_connections_than_open_files_flood_no_log() -> None:
     async with contextlib.AsyncExitStack() as stack:
-        server = stack.enter_context(running("--upload-timeout", "3", files=128))
-        for _ in range(300):
-            client = await stack.enter_async_context(connect(server))
-            client.writer.write(begun)
-        await asyncio.sleep(4)
+        server = stack.enter_context(running("--upload-timeout", "3", files=100))
+        for _ in range(200):
+            await stack.enter_async_context(connect(server))
+        await asyncio.sleep(2)
         assert server.log.stat().st_size < 100_000
 
 
