@@ -773,6 +773,9 @@ def main() -> None:
     out_of_files = re.compile(r"accept\(\)|_start_serving")
     quiet = logging.getLogger("asyncio").addFilter
     quiet(lambda record: not out_of_files.search(record.getMessage()))
+    # And aiohttp would log one for each request that is not HTTP.
+    quiet = logging.getLogger("aiohttp.server").addFilter
+    quiet(lambda record: "aiohttp.http_exceptions" not in str(record.exc_info))
     try:
         serve(create_app(config))
     except (OSError, OverflowError, ValueError) as error:
