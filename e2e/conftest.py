@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,6 +70,7 @@ def running(
             line = next((line for line in process.stdout if "/health" in line), "")
             found = re.search(r"curl (http://\S+:(\d+))/health", line)
             assert found, log.read_text()
+            urllib.request.urlopen(f"http://127.0.0.1:{found[2]}/health", timeout=TIMEOUT).close()
             watchdog.cancel()
             yield Server(process, found[1], int(found[2]), log)
             if process.poll() is None:

@@ -364,6 +364,15 @@ async def test_a_body_over_the_limit_is_refused_as_it_arrives(
     assert (await ask(server, request_)).says(413, "--max-mb")
 
 
+@pytest.mark.parametrize(
+    "request_", [b"GARBAGE\r\n\r\n", get("/", "A: \0"), get("/" + "a" * 9000), get("/", "no colon")]
+)
+async def test_what_is_not_http_is_refused_without_a_traceback(
+    server: Server, request_: bytes
+) -> None:
+    assert (await ask(server, request_)).status == 400
+
+
 async def test_an_upload_that_takes_too_long_is_cut_off(server: Server) -> None:
     async with connect(server) as slow:
         await slow.send(head("POST", "/image", "Content-Length: 99"))
