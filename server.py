@@ -59,6 +59,7 @@ MIB = 2**20  # bytes
 MAX_PIXELS = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]  # in a photo
 
 MAX_SCANS = 40  # in a JPEG: cameras write up to 10, and at 50 megapixels each can take 0.1 s
+MAX_SEGMENTS = 10_000  # in a JPEG: of millions, the search would take 10 s
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # of a still picture
 JPEG_QUALITY = 90  # percent; people see no loss
 
@@ -176,13 +177,14 @@ def decode(photo: bytes) -> Pixels:
 
 def check_scans(jpeg: bytes) -> None:
     """Raise BadPhoto if a JPEG has more scans than it needs (libjpeg-turbo#284)."""
-    scans, at = 0, 2
+    scans, segments, at = 0, 0, 2
     # A marker begins a segment, and then the segment's length. Inside of it, a thumbnail may hide.
     while marker := re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]").search(jpeg, at):
         at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
+        segments += 1
         scans += marker[0] == b"\xff\xda"
-        if scans > MAX_SCANS:
-            raise BadPhoto(f"The photo has over {MAX_SCANS} scans.")
+        if scans > MAX_SCANS or segments > MAX_SEGMENTS:
+            raise BadPhoto(f"The photo has over {MAX_SCANS} scans or {MAX_SEGMENTS} segments.")
         if marker[0] == b"\xff\xd9":  # the end of the picture; some phones append a film
             return
 
@@ -442,10 +444,8 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
         writer_limit=sys.maxsize,  # send_str() never waits; announce() looks at the buffer
     )
     if not transport or not websocket.can_prepare(request):
-        headers = {"Upgrade": "websocket"}
-        raise web.HTTPUpgradeRequired(
-            text="This is a websocket: wscat -c ws://...", headers=headers
-        )
+        text = f"This is a websocket: wscat -c {request.url.with_scheme('ws')}"
+        raise web.HTTPUpgradeRequired(text=text, headers={"Upgrade": "websocket"})
     if len(watchers) >= request.app[CONFIG].max_clients:
         raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
 
@@ -637,7 +637,7 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except web.HTTPError as error:
         status, detail = error.status, error.text
         if error is request.match_info.http_exception:
-            detail = "There is nothing here; GET / tells what there is."
+            detail = f"There is no {request.method} {request.path}; GET / tells what there is."
         if status == 413:
             detail = f"The body is over {request.app[CONFIG].max_mb} MiB (--max-mb)."
         if status == 503:
@@ -765,9 +765,11 @@ def main() -> None:
     """Run the server with the options of the command line."""
     config = Config(**vars(make_parser().parse_args()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    # When files run out, asyncio would log a hundred tracebacks a second.
-    flood = re.compile(r"accept\(\)|_start_serving")
-    logging.getLogger("asyncio").addFilter(lambda record: not flood.search(record.getMessage()))
+    # Else there are tracebacks, a hundred a second when files run out, one if it is not HTTP.
+    noise = re.compile(r"accept\(\)|_start_serving|aiohttp\.http_exceptions")
+    for name in ("asyncio", "aiohttp.server"):
+        quiet = logging.getLogger(name).addFilter
+        quiet(lambda record: not noise.search(f"{record.msg} {record.exc_info}"))
     try:
         serve(create_app(config))
     except (OSError, OverflowError, ValueError) as error:

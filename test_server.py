@@ -272,7 +272,7 @@ async def test_photos_wait_for_a_thread_but_not_too_many(start):
 
 
 async def test_what_is_not_there_is_said(client):
-    for path, words in {"/nothing": "nothing here", "/image/x": "--keep"}.items():
+    for path, words in {"/nothing": "GET /nothing", "/image/x": "--keep"}.items():
         assert words in await refused(await client.get(path), 404)
     assert "wscat" in await refused(await client.get("/faces"), 426)
 

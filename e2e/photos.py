@@ -96,9 +96,9 @@ def palette_png(grey: np.ndarray) -> bytes:
     return png(grey.shape[1], grey.shape[0], packed, 8, 3)
 
 
-def with_chunk(png: bytes, kind: bytes, data: bytes) -> bytes:
-    """The PNG with one more chunk behind its header."""
-    return png[:33] + chunk(kind, data) + png[33:]
+def with_chunk(png: bytes, kind: bytes, data: bytes, times: int = 1) -> bytes:
+    """The PNG with one more chunk behind its header, or many."""
+    return png[:33] + chunk(kind, data) * times + png[33:]
 
 
 def zeros(size: int) -> bytes:
@@ -137,22 +137,23 @@ def lying_jpeg(width: int, height: int) -> bytes:
 
 
 def jpeg_of_scans(side: int, scans: int, filler: bytes = b"") -> bytes:
-    """A grey progressive JPEG; each scan goes through all of it and changes nothing
-    (libjpeg-turbo#284). The filler stands before each scan."""
+    """A grey progressive JPEG whose every scan refines all of it, to no effect.
 
-    def scan(first: int, last: int, bits: str) -> bytes:
+    libjpeg-turbo#284. The filler stands before each scan.
+    """
+
+    def scan(first: int, last: int, bit: int, bits: str) -> bytes:
         bits += "1" * (-len(bits) % 8)
         data = int(bits, 2).to_bytes(len(bits) // 8).replace(b"\xff", b"\xff\0")
-        return filler + segment(0xDA, bytes([1, 1, 0, first, last, 0])) + data
+        return filler + segment(0xDA, bytes([1, 1, 0, first, last, bit])) + data
 
     blocks = ((side + 7) // 8) ** 2
     frame = segment(0xC2, struct.pack(">BHHBBBB", 8, side, side, 1, 1, 0x11, 0))
     tables = segment(0xDB, bytes([0] + [16] * 64))
-    tables += segment(0xC4, bytes([0, 1] + [0] * 16)) + segment(
-        0xC4, bytes([0x10, 1] + [0] * 15 + [0xE0])
-    )
-    nothing = scan(1, 63, ("0" + "1" * 14) * (blocks // 32767 + 1))  # runs of 32,767 blocks
-    first = scan(0, 0, "0" * blocks)
+    for table, symbol in ((0, 0), (0x10, 0xE0)):  # each has one symbol, of one bit
+        tables += segment(0xC4, bytes([table, 1] + [0] * 15 + [symbol]))
+    nothing = scan(1, 63, 0x10, ("0" + "1" * 14) * (blocks // 32767 + 1))  # runs of 32,767 blocks
+    first = scan(0, 0, 0, "0" * blocks)
     return b"\xff\xd8" + tables + frame + first + nothing * (scans - 1) + b"\xff\xd9"
 
 

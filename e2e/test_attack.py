@@ -22,8 +22,9 @@ from typing import NamedTuple
 
 import photos
 import pytest
-from conftest import ROOT, Server, running
 from photos import ASTRONAUT, MIB, np
+
+from conftest import ROOT, Server, running
 
 TIMEOUT = 60  # s, for every wait: this may share its CPUs
 BYTES_A_PIXEL = 9  # that a photo takes at most while it is annotated
@@ -254,12 +255,12 @@ async def test_an_animated_16_bit_png_takes_what_a_photo_takes(fresh: Server) ->
     assert memory(fresh, "VmHWM") - before < 9 * BYTES_A_PIXEL + 16
 
 
-@pytest.mark.parametrize("kind, start", [(b"zTXt", b"a\0\0"), (b"iCCP", b"a\0\0")])
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
 async def test_what_a_png_has_beside_its_pixels_is_not_inflated(
-    server: Server, kind: bytes, start: bytes
+    server: Server, kind: bytes
 ) -> None:
-    """These are 7 GB."""
-    photo = photos.with_chunk(PHOTO, kind, start + photos.zeros(7000 * MIB))
+    """These are 7 GB. libpng inflates up to 1,000 chunks, each to 8 MB."""
+    photo = photos.with_chunk(PHOTO, kind, b"a\0\0" + photos.zeros(7 * MIB), times=950)
     begin = time.monotonic()
     assert (await ask(server, post(photo))).says(201)
     assert time.monotonic() - begin < 5
@@ -306,14 +307,19 @@ TOO_LARGE = {
 }
 
 
-@pytest.mark.parametrize("kind", TOO_LARGE)
-async def test_a_photo_that_claims_too_many_pixels_is_refused_at_once(
-    fresh: Server, kind: str
-) -> None:
+async def test_a_photo_that_claims_too_many_pixels_is_refused_at_once(fresh: Server) -> None:
     before = memory(fresh, "VmHWM")
-    words = "damaged" if kind == "PNG of 2^31" else "OPENCV_IO_MAX_IMAGE_PIXELS"
-    assert (await ask(fresh, post(TOO_LARGE[kind]))).says(422, words)
+    for kind, photo in TOO_LARGE.items():
+        words = "damaged" if kind == "PNG of 2^31" else "OPENCV_IO_MAX_IMAGE_PIXELS"
+        assert (await ask(fresh, post(photo))).says(422, words)
     assert memory(fresh, "VmHWM") - before < 32
+
+
+async def test_a_jpeg_of_millions_of_segments_is_done_in_time(server: Server) -> None:
+    start = time.monotonic()
+    photo = b"\xff\xd8" + b"\xff\xfe\0\2" * 5_000_000 + ASTRONAUT[2:]
+    assert (await ask(server, post(photo))).status in (201, 422)
+    assert time.monotonic() - start < 5
 
 
 # --- Bodies that hurt ---
@@ -326,11 +332,15 @@ FORM = "Content-Type: multipart/form-data; boundary=b"
 START = b"--b\r\nContent-Disposition: form-data; name=image; filename=a.jpg\r\n"
 
 
-@pytest.mark.parametrize(
-    "filler", [b"\t", b"\r\n", b"; ", b'; filename="', b";filename*=", b"\r\n--b\r\n", b"-"]
-)
-async def test_a_form_of_19_mb_of_anything_holds_nobody_up(server: Server, filler: bytes) -> None:
-    form = START + filler * (19 * 10**6 // len(filler)) + b"\r\n\r\na\r\n--b--\r\n"
+FILLERS = [b"\t", b"\r\n", b"; ", b'; filename="', b";filename*=", b"\r\n--b\r\n", b"-"]
+
+
+@pytest.mark.parametrize("start", [b"--b", START], ids=["boundary", "headers"])
+@pytest.mark.parametrize("filler", FILLERS)
+async def test_a_form_of_19_mb_of_anything_holds_nobody_up(
+    server: Server, start: bytes, filler: bytes
+) -> None:
+    form = start + filler * (19 * 10**6 // len(filler)) + b"\r\n\r\na\r\n--b--\r\n"
     with Health(server) as healthy:
         assert (await ask(server, post(form, FORM))).status in (400, 415)
     assert healthy.longest < 1
@@ -352,6 +362,15 @@ async def test_a_body_over_the_limit_is_refused_as_it_arrives(
     server: Server, request_: bytes
 ) -> None:
     assert (await ask(server, request_)).says(413, "--max-mb")
+
+
+@pytest.mark.parametrize(
+    "request_", [b"GARBAGE\r\n\r\n", get("/", "A: \0"), get("/" + "a" * 9000), get("/", "no colon")]
+)
+async def test_what_is_not_http_is_refused_without_a_traceback(
+    server: Server, request_: bytes
+) -> None:
+    assert (await ask(server, request_)).status == 400
 
 
 async def test_an_upload_that_takes_too_long_is_cut_off(server: Server) -> None:
@@ -409,15 +428,15 @@ async def test_a_hundred_large_photos_at_once_stay_within_memory() -> None:
 
 
 async def test_photos_that_were_refused_take_no_memory(fresh: Server) -> None:
-    photo = b"text" * (4 * MIB)  # which are 640 MiB, in the end
+    photo = b"text" * (4 * MIB)  # which are 320 MiB, in the end
     for _ in range(5):
         assert (await ask(fresh, post(photo, "Prefer: respond-async"))).status == 202
         await until(fresh, queued=0)
     before = memory(fresh, "VmRSS")
-    for _ in range(40):
+    for _ in range(20):
         assert (await ask(fresh, post(photo, "Prefer: respond-async"))).status == 202
         await until(fresh, queued=0)
-    assert memory(fresh, "VmRSS") - before < 250
+    assert memory(fresh, "VmRSS") - before < 150
 
 
 async def test_photos_that_are_refused_never_drop_an_image(server: Server) -> None:
@@ -429,7 +448,7 @@ async def test_photos_that_are_refused_never_drop_an_image(server: Server) -> No
 
 async def test_photos_that_are_refused_never_drop_one_that_is_under_way(server: Server) -> None:
     """It remembers 1,000 of them."""
-    slow = photos.png(9, 9, photos.zeros(3000 * MIB))  # libpng reads them for some seconds
+    slow = photos.png(9, 9, photos.zeros(1500 * MIB))  # libpng reads them for some seconds
     later = await ask(server, post(slow, "Prefer: respond-async"))
     for _ in range(11):
         async with connect(server) as client:
@@ -442,7 +461,7 @@ async def test_photos_that_are_refused_never_drop_one_that_is_under_way(server: 
 # --- Clients that do not read, or never stop writing ---
 async def test_a_hundred_who_get_an_image_and_do_not_read_it_take_no_memory() -> None:
     noise = np.random.default_rng(1).integers(0, 256, (3600, 3600, 3), np.uint8)
-    with running("--upload-timeout", "4") as server:
+    with running("--upload-timeout", "2") as server:
         meta = json.loads((await ask(server, post(photos.encode(".jpg", noise)))).body)
         path = meta["url"].partition("localhost")[2]
         size = int((await ask_head(server, path))["Content-Length"])
@@ -455,9 +474,9 @@ async def test_a_hundred_who_get_an_image_and_do_not_read_it_take_no_memory() ->
             ]
             for each in deaf:
                 await each.send(get(path))
-            await asyncio.sleep(2)
+            await asyncio.sleep(1)
             assert memory(server, "VmRSS") - before < 30
-            await asyncio.sleep(4)  # without progress: cut off
+            await asyncio.sleep(3)  # without progress: cut off
             assert len(await deaf[0].end()) < size
 
 
@@ -502,7 +521,7 @@ async def flooding(server: Server, data: bytes, watching: bool, number: int = 10
     await asyncio.wait(floods)
 
 
-PINGS, TEXTS = frame(PING, bytes(125)) * 500, frame(TEXT, b"a" * 9) * 4000
+PINGS, TEXTS = frame(PING, b"") * 10_000, frame(TEXT, b"a") * 10_000
 
 
 @pytest.mark.parametrize("data", [PINGS, TEXTS], ids=["pings", "texts"])
@@ -522,7 +541,7 @@ async def test_a_watcher_that_pings_and_does_not_read_takes_no_memory(server: Se
         with contextlib.suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(3):
                 while True:
-                    deaf.writer.write(PINGS)
+                    deaf.writer.write(frame(PING, bytes(125)) * 500)
                     await deaf.writer.drain()
         assert memory(server, "VmRSS") - before < 10
 
@@ -543,14 +562,12 @@ async def test_there_are_no_more_watchers_than_allowed() -> None:
         assert (await ask(server, upgrade())).says(503, "--max-clients")
 
 
-@pytest.mark.parametrize("begun", [b"", b"G"], ids=["silent", "begun"])
-async def test_more_connections_than_open_files_flood_no_log(begun: bytes) -> None:
+async def test_more_connections_than_open_files_flood_no_log() -> None:
     async with contextlib.AsyncExitStack() as stack:
-        server = stack.enter_context(running("--upload-timeout", "3", files=128))
-        for _ in range(300):
-            client = await stack.enter_async_context(connect(server))
-            client.writer.write(begun)
-        await asyncio.sleep(4)
+        server = stack.enter_context(running("--upload-timeout", "3", files=100))
+        for _ in range(200):
+            await stack.enter_async_context(connect(server))
+        await asyncio.sleep(2)
         assert server.log.stat().st_size < 100_000
 
 

@@ -520,13 +520,13 @@ async def test_only_pictures_near_the_screen_are_loaded(server: str, visit: Visi
     await expect(last).to_have_js_property("naturalWidth", 8)
 
 
-async def test_the_page_of_ones_own_in_the_readme(visit: Visit) -> None:
-    html = re.search(r"```html\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+async def test_the_page_of_ones_own_in_the_documents(visit: Visit) -> None:
+    html = re.search(r"```html\n(.*?)```", (ROOT / "docs/page.md").read_text("utf-8"), re.DOTALL)
     assert html is not None
 
     async def answer(_: web.Request) -> web.Response:
         return web.Response(
-            text=html[1].replace("localhost:8282", urlsplit(url).netloc), content_type="text/html"
+            text=html[1].replace("127.0.0.1:8282", urlsplit(url).netloc), content_type="text/html"
         )
 
     app = web.Application()
