@@ -755,6 +755,7 @@ def serve(app: web.Application) -> None:
         print=lambda _: print(commands(url), flush=True),  # SIGTERM is handled from now on
         access_log=None,
         auto_decompress=False,
+        read_bufsize=PIECE,  # else each upload that waits for its turn holds 0.6 MB
         keepalive_timeout=config.upload_timeout,
         shutdown_timeout=GOODBYE_TIMEOUT,
     )
