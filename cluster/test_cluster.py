@@ -199,6 +199,48 @@ async def client() -> AsyncIterator[Client]:
 
 
 # --- Many processes are one server ---
+SERVER_TESTS = """
+import sys
+
+import pytest
+import redis
+
+import cluster
+import server
+
+url, *options = sys.argv[1:]
+create_alone = server.create_app
+
+
+def create_app(config=server.Config(), detector=None):
+    redis.Redis.from_url(url).flushdb()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "create_app", create_alone)
+        return cluster.create_app(config, url, detector=detector)
+
+
+server.create_app = create_app
+sys.exit(pytest.main(["-q", "test_server.py", *options]))
+"""
+
+
+def test_the_tests_of_server_py_pass(redis: Redis) -> None:
+    """All but those of its own store, which Redis replaces."""
+    own = [
+        "test_the_image_that_was_not_used_for_longest_goes_first",
+        "test_an_image_that_is_larger_than_the_room_is_kept_until_the_next",
+        "test_health_counts",
+    ]
+    options = [f"--deselect=test_server.py::{name}" for name in own]
+    environment = os.environ | {"PYTHONPATH": f"{CLUSTER}:{CLUSTER.parent}"}
+    command = [sys.executable, "-c", SERVER_TESTS, redis.url, *options]
+    done = subprocess.run(
+        command, cwd=CLUSTER.parent, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 deselected" in done.stdout
+
+
 async def test_any_process_serves_an_image(three: list[str], client: Client) -> None:
     posted = [await client.post(three[0]), await client.post(three[1])]
     images = [await client.get(posted[0]["url"]) for url in three]
