@@ -1,4 +1,4 @@
-"""The container as its users meet it: built, run and stopped by the docker command, used through a mapped port."""
+"""The container as its users meet it: built, run and stopped by docker, used by a mapped port."""
 
 import asyncio
 import io
@@ -8,31 +8,34 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
-import cv2
-import numpy as np
 import pytest
 
+from server import cv2, np  # which has set OpenCV's limits
+
 ROOT = Path(__file__).parent.parent
-ENGINE = ROOT.parent / "shared/docker/local-images"  # where it exists, it starts an engine and makes the base image
+ENGINE = ROOT.parent / "shared/docker/local-images"  # if it is there: starts an engine
 BASE = "python:3.13-slim"
 ASTRONAUT = ROOT / "samples/astronaut.jpg"  # one face
-TIMEOUT = 60  # s, for every answer
-COMMAND_TIMEOUT = 300  # s, for every command: the first build, or all the tests in the container
+MODEL = "models/face_detection_yunet_2023mar.onnx"
+TIMEOUT = 60  # seconds, for every answer
+COMMAND_TIMEOUT = 300  # seconds, for every command: the first build, or all tests in the container
+
+# What docs/running.md advises for a flood
 HARDENED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
-SMALL = ("--memory", "512m", "--memory-swap", "512m")  # both: what is over 512 MB must not go to swap
-FOR_SMALL = ("--queue", "2", "--keep-mb", "32", "--max-mb", "10", "--max-megapixels", "12")  # the README's
+SMALL = ("--memory", "512m", "--memory-swap", "512m", "-e", "OPENCV_IO_MAX_IMAGE_PIXELS=12000000")
+FOR_SMALL = ("--threads", "2", "--queue", "2", "--max-mb", "5", "--keep-mb", "32")
 
 
 async def run(*command: str | Path) -> tuple[int, str, str]:
     """Run a command; return its exit code, output and errors."""
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     try:
         async with asyncio.timeout(COMMAND_TIMEOUT):
@@ -62,22 +65,9 @@ class Container(NamedTuple):
     url: str
 
     async def state(self) -> dict[str, Any]:
-        """What the engine knows of its process."""
+        """Return what the engine knows of its process."""
         found = await inspect(self.id)
         return found["State"] | {"RestartCount": found["RestartCount"]}
-
-    async def healthy(self) -> None:
-        """Wait until its own check says so."""
-        arguments = "events", "--since", "1", "--filter", f"container={self.id}", "--filter", "event=health_status"
-        events = await asyncio.create_subprocess_exec("docker", *arguments, stdout=asyncio.subprocess.PIPE)
-        assert events.stdout
-        try:
-            async with asyncio.timeout(TIMEOUT):
-                while b"health_status: healthy" not in (line := await events.stdout.readline()):
-                    assert line, "the events ended"
-        finally:
-            events.kill()
-            await events.communicate()
 
 
 Start = Callable[..., Awaitable[Container]]
@@ -98,14 +88,17 @@ def image() -> str:
 
 @pytest.fixture
 async def start(image: str) -> AsyncIterator[Start]:
-    """A function that starts a container and waits until it is healthy: start(*options of docker, serve=options)."""
+    """Starts a container and waits until it is healthy: start(*options of docker, serve=...)."""
     containers: list[str] = []
 
     async def start(*options: str, serve: tuple[str, ...] = ()) -> Container:
-        containers.append(await docker("run", "--detach", "-p", "127.0.0.1::8282", *options, image, *serve))
+        detached = "run", "--detach", "-p", "127.0.0.1::8282"
+        containers.append(await docker(*detached, *options, image, *serve))
         address = await docker("port", containers[-1], "8282")
         container = Container(containers[-1], f"http://{address}")
-        await container.healthy()
+        async with asyncio.timeout(TIMEOUT):
+            while (await container.state())["Health"]["Status"] != "healthy":  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
         return container
 
     yield start
@@ -115,8 +108,9 @@ async def start(image: str) -> AsyncIterator[Start]:
 
 @pytest.fixture
 async def client() -> AsyncIterator[aiohttp.ClientSession]:
-    """Like so many runs of curl: without a limit, and each request on a connection of its own."""
-    connector, timeout = aiohttp.TCPConnector(limit=0, force_close=True), aiohttp.ClientTimeout(TIMEOUT)
+    """Like so many runs of curl: no limit, and a connection for each request."""
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    timeout = aiohttp.ClientTimeout(TIMEOUT)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         yield session
 
@@ -124,55 +118,52 @@ async def client() -> AsyncIterator[aiohttp.ClientSession]:
 @pytest.fixture(scope="module")
 def large_photo() -> bytes:
     """A JPEG of 9 megapixels, with the noise that gives a camera's its 4 MB."""
-    image = cv2.resize(cv2.imdecode(np.frombuffer(ASTRONAUT.read_bytes(), np.uint8), cv2.IMREAD_COLOR), (3000, 3000))
+    image = cv2.resize(cv2.imread(str(ASTRONAUT)), (3000, 3000))
     noise = np.random.default_rng(0).normal(0, 20, image.shape)
-    return cv2.imencode(".jpg", np.clip(image + noise, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])[
-        1
-    ].tobytes()
+    image = np.clip(image + noise, 0, 255).astype(np.uint8)
+    return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+
+
+async def post(client: aiohttp.ClientSession, container: Container, photo: bytes) -> int:
+    """Post a photo; return the status of the answer."""
+    async with client.post(f"{container.url}/image", data=io.BytesIO(photo)) as answer:
+        await answer.read()
+        return answer.status
 
 
 def moment(text: str) -> datetime:
-    """A time of the engine's, which has nanoseconds, more than Python reads."""
+    """Read a time of the engine's, which has nanoseconds, more than Python reads."""
     return datetime.fromisoformat(text[:23] + "+00:00")
 
 
 # --- It runs ---
-
-
 async def test_it_is_healthy_within_3_seconds(start: Start) -> None:
-    container = await start()
-    state = await container.state()
+    state = await (await start()).state()
     checks = state["Health"]["Log"]
     first_good = next(check for check in checks if check["ExitCode"] == 0)
-    assert (moment(first_good["End"]) - moment(state["StartedAt"])).total_seconds() < 3, checks
+    took = moment(first_good["End"]) - moment(state["StartedAt"])
+    assert took.total_seconds() < 3, checks
 
 
-async def test_a_watcher_gets_a_url_that_opens_from_outside(start: Start, client: aiohttp.ClientSession) -> None:
-    container = await start()
+@pytest.mark.parametrize("serve", [(), ("--model", MODEL)], ids=["cascade", "YuNet"])
+async def test_a_watcher_gets_a_url_that_opens_from_outside(
+    start: Start, client: aiohttp.ClientSession, serve: tuple[str, ...]
+) -> None:
+    container = await start(serve=serve)
     async with client.ws_connect(f"{container.url}/faces") as watcher:
         form = aiohttp.FormData({"image": ASTRONAUT.open("rb")})
         async with client.post(f"{container.url}/image", data=form) as answer:
             assert answer.status == 201
             posted = await answer.json()
         url = await watcher.receive_str(timeout=TIMEOUT)
-    assert url == posted["url"] == f"{container.url}/image/{posted['id']}"  # not 8282, the port inside
+    assert url == posted["url"] == f"{container.url}/image/{posted['id']}"  # by the mapped port
     async with client.get(url) as answer:
         assert answer.content_type == "image/jpeg"
         boxed = cv2.imdecode(np.frombuffer(await answer.read(), np.uint8), cv2.IMREAD_COLOR)
     (face,) = posted["faces"]
+    assert (face["score"] < 1) == bool(serve)
     blue, green, red = boxed[face["y"], face["x"] + face["width"] // 2].tolist()
     assert green > 200 and blue < 60 and red < 60  # the upper edge of the box
-
-
-@pytest.mark.parametrize("options", [("--keep", "500"), ("--keep-mb", "7", "--keep", "8")], ids=" ".join)
-async def test_it_takes_the_options_of_the_server(
-    start: Start, client: aiohttp.ClientSession, options: tuple[str, ...]
-) -> None:
-    container = await start(serve=options)
-    async with client.get(f"{container.url}/image/none") as answer:
-        detail = (await answer.json(content_type="application/problem+json"))["detail"]
-    given = dict(zip(options[::2], options[1::2], strict=True))
-    assert f"the last {given['--keep']} are kept, up to {given.get('--keep-mb', '128')} MiB" in detail
 
 
 async def test_it_tells_its_options(image: str) -> None:
@@ -181,14 +172,11 @@ async def test_it_tells_its_options(image: str) -> None:
 
 
 async def test_its_own_tests_pass_in_it(image: str) -> None:
-    said = await docker("run", "--rm", image, "pytest", "-rs")
-    assert " passed" in said
-    assert all("needs face_detection_yunet" in line for line in said.splitlines() if line.startswith("SKIPPED"))
+    said = await docker("run", "--rm", image, "pytest")
+    assert " passed" in said and " skipped" not in said
 
 
 # --- It is confined ---
-
-
 async def test_it_has_no_rights(start: Start) -> None:
     container = await start(*HARDENED)
     status = await docker("exec", container.id, "cat", "/proc/1/status")
@@ -199,9 +187,8 @@ async def test_it_has_no_rights(start: Start) -> None:
     assert lines["NoNewPrivs"] == "1"
 
 
-async def test_it_cannot_change_its_own_code(start: Start) -> None:
-    container = await start()
-    code, _, errors = await run("docker", "exec", container.id, "sh", "-c", "echo >> server.py")
+async def test_it_cannot_change_its_own_code(image: str) -> None:
+    code, _, errors = await run("docker", "run", "--rm", image, "sh", "-c", "echo >> server.py")
     assert code and "Permission denied" in errors
 
 
@@ -209,24 +196,18 @@ async def test_a_flood_of_large_photos_does_not_kill_it(
     start: Start, client: aiohttp.ClientSession, large_photo: bytes
 ) -> None:
     container = await start(*HARDENED, *SMALL, serve=FOR_SMALL)
-    before, answers, end = await container.state(), Counter[str](), time.monotonic() + 20
+    before, answers, end = await container.state(), Counter[int](), time.monotonic() + 15
 
     async def flood() -> None:
-        try:
-            while time.monotonic() < end:
-                async with client.post(f"{container.url}/image", data=io.BytesIO(large_photo)) as answer:
-                    await answer.read()
-                    answers[str(answer.status)] += 1
-        except aiohttp.ClientError as error:
-            answers[repr(error)] += 1
+        while time.monotonic() < end:
+            answers[await post(client, container, large_photo)] += 1
 
     async with asyncio.TaskGroup() as clients:
         for _ in range(128):
             clients.create_task(flood())
     after = await container.state()
-    assert not after["OOMKilled"]
-    assert set(answers) == {"201", "503"}, answers
-    for same in ("Pid", "StartedAt", "RestartCount", "Running"):
+    assert set(answers) == {201, 503}, answers
+    for same in ("Pid", "StartedAt", "RestartCount", "Running", "OOMKilled"):
         assert after[same] == before[same]
     assert after["Health"]["Status"] == "healthy"
 
@@ -236,56 +217,50 @@ async def test_docker_stop_waits_for_the_photos_under_way(
 ) -> None:
     container = await start(*HARDENED)
 
-    async def post() -> int:
-        async with client.post(f"{container.url}/image", data=io.BytesIO(large_photo)) as answer:
-            await answer.read()
-            return answer.status
-
-    async def queued() -> int:
+    async def accepted() -> int:
         async with client.get(f"{container.url}/health") as answer:
-            return (await answer.json())["queued"]
+            health = await answer.json()
+            return health["images"] + health["queued"]
 
     async def watch() -> int:
         return len([message async for message in watcher])
 
     async with client.ws_connect(f"{container.url}/faces") as watcher, asyncio.timeout(TIMEOUT):
         watching = asyncio.create_task(watch())
-        posts = [asyncio.create_task(post()) for _ in range(8)]
-        while await queued() < 8:
+        posts = [asyncio.create_task(post(client, container, large_photo)) for _ in range(8)]
+        while await accepted() < len(posts):
             pass  # ask again
         begin = time.monotonic()
         await docker("stop", container.id)
         took = time.monotonic() - begin
-        statuses, seen = await asyncio.gather(*posts), await watching
+        answers = await asyncio.gather(*posts, return_exceptions=True)
+        seen = await watching
         assert watcher.close_code == aiohttp.WSCloseCode.GOING_AWAY
-    state = await container.state()
-    assert state["ExitCode"] == 0
+    assert (await container.state())["ExitCode"] == 0
     assert took < 9
-    assert set(statuses) <= {201, 503}, statuses  # 503: on a slow machine, some have no turn in the time that is left
-    assert statuses.count(201) == seen > 0
+    assert 0 < seen <= answers.count(201), answers  # a slow machine gives some up
 
 
 # --- The image ---
+@pytest.fixture(scope="module")
+def changed(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An image with another server.py, which only its owner can read."""
+    folder = tmp_path_factory.mktemp("changed")
+    for each in ("Dockerfile", ".dockerignore", "requirements.txt", "cluster/requirements.txt"):
+        (folder / each).parent.mkdir(exist_ok=True)
+        shutil.copy2(ROOT / each, folder / each)
+    (folder / "server.py").write_text("print('another server')")
+    (folder / "server.py").chmod(0o600)
+    command = ["docker", "build", "-q", "-t", "faces-changed", folder]
+    subprocess.run(command, check=True, timeout=COMMAND_TIMEOUT)
+    yield "faces-changed"
+    subprocess.run(["docker", "rmi", "faces-changed"], check=True, timeout=TIMEOUT)
 
 
-async def layers(image: str) -> list[str]:
-    return (await inspect(image))["RootFS"]["Layers"]
-
-
-@pytest.fixture
-async def changed(image: str, tmp_path: Path) -> AsyncIterator[str]:
-    """An image from a copy of this folder with another server.py, which only its owner can read."""
-    for each in ("Dockerfile", ".dockerignore", "requirements.txt"):
-        shutil.copy2(ROOT / each, tmp_path)
-    (tmp_path / "server.py").write_text("print('another server')")
-    (tmp_path / "server.py").chmod(0o600)
-    changed = await docker("build", "-q", tmp_path)
-    yield changed
-    await docker("rmi", changed)
-
-
-async def test_a_change_of_the_server_does_not_rebuild_the_dependencies(image: str, changed: str) -> None:
-    before, after = await layers(image), await layers(changed)
+async def test_a_change_of_the_server_does_not_rebuild_the_dependencies(
+    image: str, changed: str
+) -> None:
+    before, after = [(await inspect(each))["RootFS"]["Layers"] for each in (image, changed)]
     assert before[:-2] == after[:-2]
     assert before[-2] != after[-2]  # the copy of this folder
 
@@ -299,18 +274,18 @@ async def test_it_adds_less_than_260_mb_to_its_base(image: str) -> None:
     assert added < 260e6
 
 
-@pytest.mark.parametrize("leftover", ["gcc", "make", "-path '*/.cache/*'", "-name '*.whl' -size +1M", "-name '.git*'"])
-async def test_it_has_no_leftovers(image: str, leftover: str) -> None:
-    name = leftover if leftover.startswith("-") else f"-name {leftover} -perm -1"
-    found = await docker("run", "--rm", "--user", "root", image, "sh", "-c", f"find / -xdev -type f {name}")
-    assert found == ""
+async def test_it_has_no_leftovers(image: str) -> None:
+    programs = "-name gcc -perm -1 -o -name make -perm -1"
+    files = "-path '*/.cache/*' -o -name '*.whl' -size +1M -o -name '.git*'"
+    find = f"find / -xdev -type f ( {programs} -o {files} )".replace("(", r"\(").replace(")", r"\)")
+    assert await docker("run", "--rm", "--user", "root", image, "sh", "-c", find) == ""
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 async def test_there_is_a_wheel_of_each_dependency_for(machine: str) -> None:
-    platforms = [f"--platform={platform}_{machine}" for platform in ("manylinux2014", "manylinux_2_28")]
-    options = "--dry-run", "--ignore-installed", "--only-binary=:all:", "--python-version=3.13", "--target=unused"
-    command = sys.executable, "-m", "pip", "install", *options, *platforms, "-r", ROOT / "requirements.txt"
-    code, output, errors = await run(*command)
+    platforms = [f"--platform={each}_{machine}" for each in ("manylinux2014", "manylinux_2_28")]
+    options = ["--dry-run", "--ignore-installed", "--only-binary=:all:", "--python-version=3.13"]
+    install = sys.executable, "-m", "pip", "install", "--target=unused", *options, *platforms
+    code, output, errors = await run(*install, "-r", ROOT / "requirements.txt")
     assert code == 0, errors
     assert "Would install" in output
