@@ -28,6 +28,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -63,15 +64,10 @@ MAX_SEGMENTS = 10_000  # in a JPEG: of millions, the search would take 10 s
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # of a still picture
 JPEG_QUALITY = 90  # percent; people see no loss
 
-HAAR_WINDOW = 24  # px, the side of the window that the cascade was trained on
-HAAR_SMALLEST = 32  # px, the smallest face that is looked for: a smaller one looks like any texture
-HAAR_PER_SIDE = (
-    32  # and none under 1/32 of the longer side: no photo costs more than one of 1024 px
-)
-HAAR_FACE, HAAR_VIEW = 32, 44  # px, the sides of the proposed face in a view, and of the view
-HAAR_VIEWS = ((0, False), (-8, True), (8, True), (-16, False), (16, False))  # degrees, mirrored
-HAAR_PROPOSALS = 128  # that are verified in a photo at most, the best first
-HAAR_SCORE = 16  # windows: the least score
+HAAR_SIDE = 1280  # px, the longer side of the copy that is searched: a larger photo costs no more
+HAAR_SMALLEST = 34  # px in it, the smallest window, which fits faces of 1/45 of the longer side
+HAAR_WINDOWS = 1000  # of the scan: to group them is quadratic, and only textures have more
+HAAR_SCORE = 9  # windows: the least score, in the middle of a plateau of F1
 YUNET_SIDE = 416  # px, the longer side that the network sees: 0.4 of the time of 640 px
 YUNET_SHORTEST = 64  # px: with a shorter side, the network sees boxes of infinite size
 YUNET_SCORE = 0.7  # of 1: the least score
@@ -212,98 +208,59 @@ def draw(pixels: Pixels, faces: list[Face]) -> None:
 
 # --- The detectors ---
 class HaarDetector(threading.local):
-    """Frontal faces by a Haar cascade (Viola and Jones, 2001), proposed by a coarse scan and verified one by one.
+    """Find frontal faces with a Haar cascade (Viola and Jones, 2001): scan, then look closely.
 
-    A face's score is the number of windows that pass the cascade when the face is looked at from five sides. A face
-    bears to be turned and mirrored a little; what only looks like one by chance does not.
-    Raises ValueError if the file is no cascade. OpenCV's detectors are not thread-safe: threading.local runs __init__
-    anew in each thread.
+    The score of a face is the number of windows that pass in four close views of it: narrower,
+    wider, and turned both ways. A real face is still found there, a chance likeness is not.
+    Raises ValueError if the file is not a cascade. A cascade is not thread-safe: threading.local
+    runs __init__ in each thread.
     """
 
     def __init__(self, file: Path, min_score: float) -> None:
-        self.min_score = min_score or HAAR_SCORE
-        self.cascade = cv2.CascadeClassifier()
-        with contextlib.suppress(
-            SystemError, cv2.error
-        ):  # by its text: OpenCV on Windows opens no path beyond ASCII
-            storage = cv2.FileStorage(
-                file.read_text("latin-1"), cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY
-            )
+        self.min_score, self.cascade = min_score or HAAR_SCORE, cv2.CascadeClassifier()
+        mode = cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY  # OpenCV cannot open every path
+        with contextlib.suppress(SystemError, cv2.error):
+            storage = cv2.FileStorage(file.read_text("latin-1"), mode)
             self.cascade.read(storage.getFirstTopLevelNode())
         if self.cascade.empty():
-            raise ValueError(f"{file} is no cascade in OpenCV's XML")
+            raise ValueError(f"{file} is not a cascade")
 
-    def __call__(self, image: Pixels) -> list[Face]:
-        height, width = image.shape[:2]
-        scale = max(HAAR_SMALLEST, max(height, width) / HAAR_PER_SIDE) / HAAR_WINDOW
-        copies: dict[
-            float, Pixels
-        ] = {}  # by photo pixels per pixel: the smallest face fills one window, two, four...
-        windows: list[list[int]] = []
-        while min(height, width) >= scale * HAAR_WINDOW:
-            image = cv2.resize(image, (round(width / scale), round(height / scale)))
-            if not copies:
-                image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-            # Two sizes of window, within one octave: for larger ones, OpenCV doubles the positions.
-            found = self.cascade.detectMultiScale(
-                image, 2 ** (1 / 2), 0, maxSize=(2 * HAAR_WINDOW - 1,) * 2
-            )
-            windows += np.multiply(found, scale).astype(int).tolist()
-            copies[scale] = image
-            scale *= 2
-        boxes, counts = cv2.groupRectangles(
-            windows * 2, 1, 0.3
-        )  # twice, as it drops what is there only once
-        proposals = sorted(zip(counts, map(tuple, boxes), strict=True), reverse=True)[
-            :HAAR_PROPOSALS
-        ]
-        faces = [self.verify(copies, box) for _, box in proposals]
-        faces = [
-            face
-            for face in faces
-            if face.score >= self.min_score and face.width >= 0.9 * HAAR_SMALLEST
-        ]
-        kept = cv2.dnn.NMSBoxes(
-            [face[:4] for face in faces],
-            [face.score for face in faces],
-            0,
-            OVERLAP,
-        )
-        return [faces[i] for i in kept]
+    def __call__(self, pixels: Pixels) -> list[Face]:
+        shrink = max(1, max(pixels.shape) / HAAR_SIDE)
+        size = [math.ceil(side / shrink) for side in pixels.shape[1::-1]]
+        photo = copy = cv2.cvtColor(cv2.resize(pixels, size), cv2.COLOR_BGR2GRAY)
 
-    def verify(self, copies: dict[float, Pixels], box: tuple[int, ...]) -> Face:
-        """The mean of the windows that pass in views of a proposed box, and their number as the score."""
-        x, y, side, _ = box
-        # In the copy in which the face is nearest to twice as large as in a view.
-        scale = min(copies, key=lambda each: abs(side / each - 2 * HAAR_FACE))
-        middle = ((x + side / 2) / scale, (y + side / 2) / scale)
-        passed = []
-        for angle, mirrored in HAAR_VIEWS:
-            turn: Pixels = cv2.getRotationMatrix2D(middle, angle, HAAR_FACE * scale / side)
-            turn[:, 2] += np.subtract(HAAR_VIEW / 2, middle)
-            if mirrored:
-                turn[0] = (0, 0, HAAR_VIEW) - turn[0]
-            view = cv2.warpAffine(
-                copies[scale], turn, (HAAR_VIEW, HAAR_VIEW), borderMode=cv2.BORDER_REPLICATE
-            )
-            back = cv2.invertAffineTransform(turn)
-            for left, top, size, _ in self.cascade.detectMultiScale(view, minNeighbors=0):
-                passed.append(
-                    (
-                        *(back @ (left + size / 2, top + size / 2, 1) * scale),
-                        size * side / HAAR_FACE,
-                    )
-                )
-        if not passed:
-            return Face(x, y, side, side, 0)
-        x, y, side = np.mean(passed, axis=0)
-        return Face(
-            x=round(x - side / 2),
-            y=round(y - side / 2),
-            width=round(side),
-            height=round(side),
-            score=len(passed),
+        # Scan with windows from the smallest to twice as large, then half a copy, and so on.
+        windows, window, smallest = [], self.cascade.getOriginalWindowSize()[0], HAAR_SMALLEST
+        while smallest <= min(size):
+            copy = cv2.resize(copy, [math.ceil(side * window / smallest) for side in size])
+            found = self.cascade.detectMultiScale(copy, 1.3, 0, maxSize=(2 * window - 1,) * 2)
+            windows += sorted(np.multiply(found, smallest / window).astype(int).tolist())
+            smallest *= 2
+
+        # groupRectangles drops what is there only once, hence twice.
+        boxes, _ = cv2.groupRectangles(windows[-HAAR_WINDOWS:] * 2, 1, OVERLAP)
+        faces = []
+        for x, y, side, _ in np.array(boxes).tolist():
+            score = self.score(photo, x, y, side)
+            if score >= self.min_score:
+                x, y, side = (round(each * shrink) for each in (x, y, side))
+                faces.append(Face(x, y, side, side, score))
+        best = cv2.dnn.NMSBoxes(
+            [face[:4] for face in faces], [face[4] for face in faces], 0, OVERLAP
         )
+        return [faces[i] for i in best]
+
+    def score(self, photo: Pixels, x: int, y: int, side: int) -> int:
+        """Count the windows that pass in the views of a box."""
+        size, middle = side * 5 // 4, (x + side / 2, y + side / 2)
+        around = cv2.getRectSubPix(photo, (size, size), middle)
+        view = cv2.resize(around, (40, 40), interpolation=cv2.INTER_AREA)
+        views = [cv2.resize(view, (35, 46)), cv2.resize(view, (46, 35))]
+        for angle in (-12, 12):
+            turn = cv2.getRotationMatrix2D((20, 20), angle, 1)
+            views.append(cv2.warpAffine(view, turn, (40, 40), borderMode=cv2.BORDER_REPLICATE))
+        return sum(len(self.cascade.detectMultiScale(each, 1.1, 0)) for each in views)
 
 
 class YuNetDetector(threading.local):
@@ -643,7 +600,7 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
         if status == 503:
             error.headers["Retry-After"] = "1"
         log.info("%s %s %r: %d %s", request.remote, request.method, request.path, status, detail)
-        # Raised, it would keep the photo for a while: aiohttp and its traceback refer to each other.
+        # If raised, it would keep the photo: aiohttp and its traceback refer to each other.
         document = {"title": error.reason, "status": status, "detail": detail}
         del error.headers["Content-Type"]
         kind = "application/problem+json"
