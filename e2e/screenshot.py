@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+
 from conftest import ASTRONAUT, chromium, expect, film, post, serving
 
 

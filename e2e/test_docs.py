@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
-from conftest import ASTRONAUT, CDN, ROOT, expect, post, serving
 
 import server as faces
+from conftest import ASTRONAUT, CDN, ROOT, expect, post, serving
 
 if TYPE_CHECKING:
     from playwright.async_api import Page, Route

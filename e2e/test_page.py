@@ -20,6 +20,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+
 from conftest import ASTRONAUT, ROOT, TIMEOUT, expect, post, serving
 
 if TYPE_CHECKING:
