@@ -36,7 +36,7 @@ import sys
 import threading
 import time
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -73,7 +73,7 @@ YUNET_SHORTEST = 64  # px: with a shorter side, the network sees boxes of infini
 YUNET_SCORE = 0.7  # of 1: the least score
 OVERLAP = 0.3  # intersection over union, from which two boxes are of one face
 
-MAX_UPLOADS = 32  # at a time; others wait, and take no memory
+MAX_UPLOADS = 8  # bodies of --max-mb: the memory that all uploads together may take
 MAX_JOBS = 1000  # photos that failed to remember, so that a GET tells why
 PIECE = 64 * 1024  # bytes of an image to send at a time
 HEARTBEAT = 25  # seconds between pings: proxies drop a connection that is silent for 30 to 60
@@ -372,7 +372,7 @@ CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 STORE = web.AppKey("STORE", Store)
 POOL = web.AppKey("POOL", ThreadPoolExecutor)
-UPLOADS = web.AppKey("UPLOADS", asyncio.Semaphore)
+UPLOADS: web.AppKey[Counter[int]] = web.AppKey("UPLOADS")  # bytes received of each, by its id()
 CORS = web.RequestKey("CORS", bool)  # whether a page of another site may read the answer
 WATCHERS = web.AppKey("WATCHERS", dict)  # of each websocket: transport, URL of images, as JSON
 
@@ -513,14 +513,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     app, config, kind = request.app, request.app[CONFIG], request.content_type
     if "Content-Encoding" in request.headers:  # a few KB of gzip can inflate for minutes
         raise web.HTTPUnsupportedMediaType(text="Send the body without a Content-Encoding.")
-    try:
-        async with asyncio.timeout(config.upload_timeout), app[UPLOADS]:
-            body = await request.clone(client_max_size=config.max_mb * MIB).read()
-    except TimeoutError:
-        raise web.HTTPRequestTimeout(text="The upload took too long (--upload-timeout).") from None
-    except web.RequestPayloadError as error:
-        raise web.HTTPBadRequest(text=f"The body is malformed: {error}") from None
-
+    body = await read_body(request)
     if len(app[STORE].under_way()) >= config.threads * (1 + config.queue):
         raise web.HTTPServiceUnavailable(text="Too many photos are waiting (--queue).")
     if kind == "multipart/form-data":
@@ -529,6 +522,28 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     if not body or (kind.endswith("urlencoded") and b"\0" not in body):
         raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
     return None, body
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Read a body within the limits of size, time and memory. Raises an HTTPException."""
+    config, uploads, body = request.app[CONFIG], request.app[UPLOADS], bytearray()
+    limit = config.max_mb * MIB
+    try:
+        async with asyncio.timeout(config.upload_timeout):
+            async for piece in request.content.iter_any():
+                body += piece
+                uploads[id(body)] = len(body)
+                if max(len(body), request.content_length or 0) > limit:
+                    raise web.HTTPRequestEntityTooLarge(limit, len(body))
+                if uploads.total() > MAX_UPLOADS * limit:
+                    raise web.HTTPServiceUnavailable(text="Too many uploads (--max-mb).")
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text="The upload took too long (--upload-timeout).") from None
+    except web.RequestPayloadError as error:
+        raise web.HTTPBadRequest(text=f"The body is malformed: {error}") from None
+    finally:
+        del uploads[id(body)]
+    return bytes(body)
 
 
 def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
@@ -643,7 +658,7 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
     app[DETECTOR] = detector or load_detector(config.model, config.min_score)
     app[STORE] = Store(config)
     app[POOL] = ThreadPoolExecutor(config.threads)
-    app[UPLOADS] = asyncio.Semaphore(MAX_UPLOADS)
+    app[UPLOADS] = Counter()
     app[WATCHERS] = {}
     app.on_response_prepare.append(add_headers)
     app.on_shutdown.append(finish)
@@ -712,7 +727,6 @@ def serve(app: web.Application) -> None:
         print=lambda _: print(commands(url), flush=True),  # SIGTERM is handled from now on
         access_log=None,
         auto_decompress=False,
-        read_bufsize=PIECE,  # else each upload that waits for its turn holds 0.6 MB
         keepalive_timeout=config.upload_timeout,
         shutdown_timeout=GOODBYE_TIMEOUT,
     )
