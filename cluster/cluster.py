@@ -109,9 +109,9 @@ class RedisStore(Store):
             outcome = await super().run(id, work)
         finally:
             renewal.cancel()
-        if isinstance(outcome, Exception):
-            with contextlib.suppress(RedisError):  # without Redis, the promise lapses
-                await self.redis.set(key_of(id), encode(outcome), ex=REFUSAL)
+        if isinstance(outcome, Exception) and not isinstance(outcome, RedisAway):
+            with contextlib.suppress(RedisError):  # xx: POST /detect has made no promise
+                await self.redis.set(key_of(id), encode(outcome), ex=REFUSAL, xx=True)
         return outcome
 
     async def renew(self, id: str) -> None:

@@ -27,7 +27,7 @@ if not shutil.which("redis-server"):
     pytest.skip("redis-server is missing: apt-get install redis-server", allow_module_level=True)
 
 import cluster
-from server import STORE, Image
+from server import STORE, BadPhoto, Image
 
 CLUSTER = Path(__file__).parent
 ASTRONAUT = (CLUSTER.parent / "samples/astronaut.jpg").read_bytes()
@@ -314,6 +314,14 @@ async def test_the_error_of_a_bad_photo_crosses(
     id = (await client.post(three[0], photo, **ASYNC))["id"]
     answers = [await client.get(f"{url}/image/{id}") for url in three]
     assert answers == [(status, answers[0][1])] * 3
+
+
+async def test_nothing_is_kept_of_what_nobody_can_ask_for(store: cluster.RedisStore) -> None:
+    async def fail() -> None:
+        raise BadPhoto("It is damaged.")
+
+    assert isinstance(await (await store.start(None, fail())), BadPhoto)  # POST /detect
+    assert await store.redis.dbsize() == 0
 
 
 async def test_nobody_waits_for_a_process_that_was_killed(
