@@ -15,7 +15,7 @@ Start it, watch it in a second terminal, and post a photo in a third:
       "url": "http://127.0.0.1:8282/image/4cfda8d0-543f-494c-a3b1-e8d8691887ab",
       "width": 512,
       "height": 512,
-      "faces": [{"x": 182, "y": 69, "width": 86, "height": 86, "score": 24}],
+      "faces": [{"x": 174, "y": 62, "width": 102, "height": 102, "score": 28}],
       "filename": "astronaut.jpg",
       "took_ms": 24
     }
@@ -59,22 +59,22 @@ CASCADE = "haarcascade_frontalface_default.xml"
 MIB = 2**20  # bytes
 MAX_PIXELS = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]  # in a photo
 
-MAX_SCANS = 40  # in a JPEG: cameras write up to 10, and at 50 megapixels each can take 0.1 s
-MAX_SEGMENTS = 10_000  # in a JPEG: of millions, the search would take 10 s
+MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and one of 50 megapixels can take 0.1 s
+MAX_SEGMENTS = 10_000  # in a JPEG; to walk through millions would take 10 s
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # of a still picture
 JPEG_QUALITY = 90  # percent; people see no loss
 
 HAAR_SIDE = 1280  # px, the longer side of the copy that is searched: a larger photo costs no more
-HAAR_SMALLEST = 34  # px in it, the smallest window, which fits faces of 1/45 of the longer side
-HAAR_WINDOWS = 1000  # of the scan: to group them is quadratic, and only textures have more
-HAAR_SCORE = 9  # windows: the least score, in the middle of a plateau of F1
+HAAR_SMALLEST = 34  # px in it, the smallest window; the face in it is smaller: 1/45 of HAAR_SIDE
+HAAR_WINDOWS = 1000  # of one scan; grouping them is quadratic, and only textures have more
+HAAR_SCORE = 9  # windows that a face needs; F1 is flat around it
 YUNET_SIDE = 416  # px, the longer side that the network sees: 0.4 of the time of 640 px
-YUNET_SHORTEST = 64  # px: with a shorter side, the network sees boxes of infinite size
-YUNET_SCORE = 0.7  # of 1: the least score
+YUNET_SHORTEST = 64  # px; on a shorter side the network sees boxes of infinite size
+YUNET_SCORE = 0.7  # of 1, that a face needs
 OVERLAP = 0.3  # intersection over union, from which two boxes are of one face
 
-MAX_UPLOADS = 8  # bodies of --max-mb: the memory that all uploads together may take
-MAX_JOBS = 1000  # photos that failed to remember, so that a GET tells why
+UPLOAD_MEMORY = 8  # times --max-mb: what all uploads under way may hold
+MAX_FAILURES = 1000  # photos whose error is kept, so that a GET can tell it
 PIECE = 64 * 1024  # bytes of an image to send at a time
 HEARTBEAT = 25  # seconds between pings: proxies drop a connection that is silent for 30 to 60
 PAUSE = 0.005  # seconds after each message of a watcher: whoever floods the server waits
@@ -88,7 +88,7 @@ Pixels = np.ndarray[Any, np.dtype[Any]]  # BGR, (height, width, 3), uint8
 
 @dataclass(frozen=True)
 class Config:
-    """What can be set; --help explains it."""
+    """The settings; --help explains them."""
 
     host: str = "127.0.0.1"
     port: int = 8282
@@ -107,11 +107,11 @@ class Config:
 
 # --- The photo: bytes in, bytes out, no HTTP ---
 class UnsupportedPhoto(Exception):
-    """The photo is in a format that is not read; the text says what to do."""
+    """The format is not supported; the text says what to do."""
 
 
 class BadPhoto(Exception):
-    """The photo is damaged or too large; the text says which."""
+    """The photo cannot be used; the text says why."""
 
 
 class Face(NamedTuple):
@@ -130,9 +130,9 @@ Detector = Callable[[Pixels], list[Face]]
 def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[bytes, dict[str, Any]]:
     """Find the faces in a photo, and draw a box around each.
 
-    Returns an upright JPEG without metadata, empty if nothing is to be drawn, and as its JSON
-    width and height in pixels, and the faces. Many threads may call this at once.
-    Raises UnsupportedPhoto, BadPhoto, or cv2.error if memory runs out.
+    Returns the JPEG, upright and without metadata (empty unless drawn), and a dict with its width,
+    height and faces. Many threads may call this at once. Raises UnsupportedPhoto, BadPhoto, or
+    cv2.error if memory runs out.
     """
     pixels = decode(photo)
     height, width, _ = pixels.shape
@@ -156,7 +156,9 @@ def decode(photo: bytes) -> Pixels:
     elif photo.startswith(b"\x89PNG"):
         photo = still_png(photo)
     elif photo[4:8] == b"ftyp":
-        raise UnsupportedPhoto("This is HEIC; send a JPEG (iPhone: Camera, Most Compatible).")
+        raise UnsupportedPhoto(
+            "This is HEIC or AVIF; send a JPEG (iPhone: Camera, Most Compatible)."
+        )
     elif not photo.startswith((b"GIF8", b"RIFF")):
         raise UnsupportedPhoto("This is not a JPEG, PNG, WebP or GIF.")
 
@@ -174,7 +176,7 @@ def decode(photo: bytes) -> Pixels:
 def check_scans(jpeg: bytes) -> None:
     """Raise BadPhoto if a JPEG has more scans than it needs (libjpeg-turbo#284)."""
     scans, segments, at = 0, 0, 2
-    # A marker begins a segment, and then the segment's length. Inside of it, a thumbnail may hide.
+    # A segment is a marker, a length and data, which is skipped: it may hold a thumbnail.
     while marker := re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]").search(jpeg, at):
         at = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2])
         segments += 1
@@ -226,35 +228,35 @@ class HaarDetector(threading.local):
             raise ValueError(f"{file} is not a cascade")
 
     def __call__(self, pixels: Pixels) -> list[Face]:
-        shrink = max(1, max(pixels.shape) / HAAR_SIDE)
-        size = [math.ceil(side / shrink) for side in pixels.shape[1::-1]]
-        photo = copy = cv2.cvtColor(cv2.resize(pixels, size), cv2.COLOR_BGR2GRAY)
+        height, width, _ = pixels.shape
+        shrink = max(1, max(height, width) / HAAR_SIDE)
+        size = [math.ceil(width / shrink), math.ceil(height / shrink)]
+        gray = copy = cv2.cvtColor(cv2.resize(pixels, size), cv2.COLOR_BGR2GRAY)
 
-        # Scan with windows from the smallest to twice as large, then half a copy, and so on.
+        # Scan for faces of one size to twice that, halve the copy, and so on.
         windows, window, smallest = [], self.cascade.getOriginalWindowSize()[0], HAAR_SMALLEST
         while smallest <= min(size):
             copy = cv2.resize(copy, [math.ceil(side * window / smallest) for side in size])
             found = self.cascade.detectMultiScale(copy, 1.3, 0, maxSize=(2 * window - 1,) * 2)
+            # sorted, since OpenCV's threads find them in any order
             windows += sorted(np.multiply(found, smallest / window).astype(int).tolist())
             smallest *= 2
 
-        # groupRectangles drops what is there only once, hence twice.
-        boxes, _ = cv2.groupRectangles(windows[-HAAR_WINDOWS:] * 2, 1, OVERLAP)
+        # Edges within 0.3 of a side make a group. A group of one would be dropped, hence * 2.
+        boxes, _ = cv2.groupRectangles(windows[-HAAR_WINDOWS:] * 2, 1, 0.3)
         faces = []
         for x, y, side, _ in np.array(boxes).tolist():
-            score = self.score(photo, x, y, side)
+            score = self.score(gray, x, y, side)
             if score >= self.min_score:
                 x, y, side = (round(each * shrink) for each in (x, y, side))
-                faces.append(Face(x, y, side, side, score))
-        best = cv2.dnn.NMSBoxes(
-            [face[:4] for face in faces], [face[4] for face in faces], 0, OVERLAP
-        )
+                faces.append(Face(x, y, min(side, width - x), min(side, height - y), score))
+        best = cv2.dnn.NMSBoxes([f[:4] for f in faces], [f.score for f in faces], 0, OVERLAP)
         return [faces[i] for i in best]
 
-    def score(self, photo: Pixels, x: int, y: int, side: int) -> int:
+    def score(self, gray: Pixels, x: int, y: int, side: int) -> int:
         """Count the windows that pass in the views of a box."""
         size, middle = side * 5 // 4, (x + side / 2, y + side / 2)
-        around = cv2.getRectSubPix(photo, (size, size), middle)
+        around = cv2.getRectSubPix(gray, (size, size), middle)
         view = cv2.resize(around, (40, 40), interpolation=cv2.INTER_AREA)
         views = [cv2.resize(view, (35, 46)), cv2.resize(view, (46, 35))]
         for angle in (-12, 12):
@@ -295,8 +297,7 @@ def load_detector(model: str = "", min_score: float = 0) -> Detector:
     if model.endswith(".onnx"):
         return YuNetDetector(Path(model), min_score)
     if not hasattr(cv2, "CascadeClassifier"):
-        advice = "pip install 'opencv-python-headless<5'"
-        raise ValueError(f"OpenCV 5 has no CascadeClassifier: {advice}")
+        raise ValueError("OpenCV 5 has no cascades: pip install 'opencv-python-headless<5'")
 
     own, wheel = ROOT / CASCADE, Path(cv2.__file__).parent / "data" / CASCADE
     return HaarDetector(Path(model or (own if own.exists() else wheel)), min_score)
@@ -307,6 +308,7 @@ ERRORS = {  # of a photo, and what HTTP calls them
     UnsupportedPhoto: web.HTTPUnsupportedMediaType,
     BadPhoto: web.HTTPUnprocessableEntity,
     cv2.error: web.HTTPServiceUnavailable,  # out of memory
+    MemoryError: web.HTTPServiceUnavailable,
 }
 
 
@@ -319,7 +321,10 @@ class Image(NamedTuple):
 
 
 class Store:
-    """The images by id, the least recently used first, and jobs: photos under way, or failed."""
+    """The images by id, least recently used first, and the photos under way or failed.
+
+    Its methods are async for a store elsewhere, such as Redis.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config, self.size = config, 0  # bytes of all images
@@ -331,10 +336,10 @@ class Store:
         return [job for job in self.jobs.values() if not job.done()]
 
     async def start(self, id: str | None, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Start work on a photo. Nobody will ask for one without an id."""
+        """Start work on a photo; without an id, no GET can ask for it."""
         key = id or str(uuid.uuid4())
         self.jobs[key] = job = asyncio.create_task(self.run(key, work))
-        for done in [id for id, job in self.jobs.items() if job.done()][:-MAX_JOBS]:
+        for done in [id for id, job in self.jobs.items() if job.done()][:-MAX_FAILURES]:
             del self.jobs[done]
         return job
 
@@ -344,11 +349,14 @@ class Store:
             result = await work
         except tuple(ERRORS) as error:
             return type(error)(*error.args)  # a copy: the original's traceback keeps the photo
+        except Exception:
+            del self.jobs[id]
+            raise
         del self.jobs[id]
         return result
 
     async def put(self, id: str, image: Image) -> None:
-        """Keep an image, and drop the least recently used ones that are too much."""
+        """Keep an image; drop the least recently used beyond the limits, but never this one."""
         self.images[id] = image
         self.size += len(image.jpeg)
         room = self.config.keep_mb * MIB
@@ -365,7 +373,7 @@ class Store:
 
     async def newest_first(self) -> list[Image]:
         """Return all images, by the time when they were done."""
-        return sorted(self.images.values(), reverse=True)
+        return sorted(self.images.values(), key=lambda image: image.done, reverse=True)
 
 
 CONFIG = web.AppKey("CONFIG", Config)
@@ -374,19 +382,49 @@ STORE = web.AppKey("STORE", Store)
 POOL = web.AppKey("POOL", ThreadPoolExecutor)
 UPLOADS: web.AppKey[Counter[int]] = web.AppKey("UPLOADS")  # bytes received of each, by its id()
 CORS = web.RequestKey("CORS", bool)  # whether a page of another site may read the answer
-WATCHERS = web.AppKey("WATCHERS", dict)  # of each websocket: transport, URL of images, as JSON
+WATCHERS = web.AppKey("WATCHERS", dict)  # by websocket: transport, URL prefix, wants JSON
 
 
-# --- The watchers ---
+# --- The work, and who hears of it ---
 async def announce(app: web.Application, image: Image) -> None:
     """Send the URL of an image to every watcher, and wait for none of them."""
-    for websocket, (transport, images, as_json) in list(app[WATCHERS].items()):
+    for websocket, (transport, prefix, as_json) in list(app[WATCHERS].items()):
         if transport.get_write_buffer_size() > MAX_UNREAD:
             transport.abort()  # close() would wait until the watcher has read everything
-        url = images + image.meta["id"]
+            continue
+        url = prefix + image.meta["id"]
         text = json.dumps(image.meta | {"url": url}) if as_json else url
         with contextlib.suppress(ConnectionError):  # it has left
             await websocket.send_str(text)
+
+
+async def run_in_pool(app: web.Application, photo: bytes, drawn: bool, **more: Any) -> Any:
+    """Run annotate() in a thread; return its JPEG, and its JSON with more in it."""
+    start, loop = time.monotonic(), asyncio.get_running_loop()
+    jpeg, meta = await loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], drawn)
+    return jpeg, meta | more | {"took_ms": round((time.monotonic() - start) * 1000)}
+
+
+async def annotate_and_announce(
+    app: web.Application, id: str, name: str | None, photo: bytes
+) -> Image:
+    """Annotate a photo, keep the image, and announce it."""
+    jpeg, meta = await run_in_pool(app, photo, drawn=True, filename=name)
+    image = Image(time.time(), jpeg, {"id": id, "url": "", **meta})
+    await app[STORE].put(id, image)
+    await announce(app, image)
+    log.info("%r: %d faces in %d ms", name, len(meta["faces"]), meta["took_ms"])
+    return image
+
+
+# --- The handlers, in the order in which a user meets them ---
+async def get_page(request: web.Request) -> web.StreamResponse:
+    """GET /, /docs and /openapi.json: a file of static/. For curl, / is text."""
+    page = STATIC / str(request.match_info.route.name)
+    for_curl = page.name == "index.html" and "text/html" not in request.headers.get("Accept", "")
+    if page.exists() and not for_curl:
+        return web.FileResponse(page)
+    return web.Response(text=commands(url_of(request).removesuffix("/image/")))
 
 
 async def get_faces(request: web.Request) -> web.WebSocketResponse:
@@ -418,16 +456,6 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
     finally:
         del watchers[websocket]
     return websocket
-
-
-# --- The handlers, in the order in which a user meets them ---
-async def get_page(request: web.Request) -> web.StreamResponse:
-    """GET /, /docs and /openapi.json: a file of static/. For curl, / is text."""
-    page = STATIC / str(request.match_info.route.name)
-    for_curl = page.name == "index.html" and "text/html" not in request.headers.get("Accept", "")
-    if page.exists() and not for_curl:
-        return web.FileResponse(page)
-    return web.Response(text=commands(url_of(request).removesuffix("/image/")))
 
 
 async def post_image(request: web.Request) -> web.Response:
@@ -480,7 +508,7 @@ async def post_detect(request: web.Request) -> web.Response:
 
 
 async def get_health(request: web.Request) -> web.Response:
-    """GET /health: 200 as long as photos are accepted."""
+    """GET /health: 200, and what the server holds."""
     store, clients = request.app[STORE], len(request.app[WATCHERS])
     stored = {"images": len(store.images), "bytes": store.size, "queued": len(store.under_way())}
     return json_response({"status": "ok", "clients": clients} | stored)
@@ -518,7 +546,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
         raise web.HTTPServiceUnavailable(text="Too many photos are waiting (--queue).")
     if kind == "multipart/form-data":
         return file_in_form(request.headers["Content-Type"], body)
-    # curl -d calls a photo urlencoded, and takes the line ends and zeros out of it.
+    # curl labels -d and --data-binary alike, but -d has stripped the NULs: no photo any more.
     if not body or (kind.endswith("urlencoded") and b"\0" not in body):
         raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
     return None, body
@@ -535,7 +563,7 @@ async def read_body(request: web.Request) -> bytes:
                 uploads[id(body)] = len(body)
                 if max(len(body), request.content_length or 0) > limit:
                     raise web.HTTPRequestEntityTooLarge(limit, len(body))
-                if uploads.total() > MAX_UPLOADS * limit:
+                if uploads.total() > UPLOAD_MEMORY * limit:
                     raise web.HTTPServiceUnavailable(text="Too many uploads (--max-mb).")
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="The upload took too long (--upload-timeout).") from None
@@ -551,36 +579,17 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
 
     aiohttp's reader would hold up everybody for seconds on a preamble of short lines.
     """
-    boundary = content_type.partition("boundary=")[2].partition(";")[0].strip('" ')
+    boundary = re.split("boundary=", content_type, flags=re.I)[-1].partition(";")[0].strip('" ')
     *parts, end = (b"\r\n" + form).split(b"\r\n--" + boundary.encode(errors="replace"), 1000)
     files = []
     for part in parts[1:]:
         headers, _, content = part.partition(b"\r\n\r\n")
         name = re.search(rb'; *filename\*?=("[^"]*"|[^;\s]*)', headers, re.IGNORECASE)
         if name and content:
-            files.append((name[1].strip(b'"').decode(errors="replace"), content))
+            files.append((name[1].strip(b'"').decode(errors="replace")[:255], content))
     if len(files) != 1 or not end.startswith(b"--"):
-        raise web.HTTPBadRequest(text="The form must have one file, and be complete.")
+        raise web.HTTPBadRequest(text="The form must be complete and have exactly one file.")
     return files[0]
-
-
-async def run_in_pool(app: web.Application, photo: bytes, drawn: bool, **more: Any) -> Any:
-    """Run annotate() in a thread; return its JPEG, and its JSON with more in it."""
-    start, loop = time.monotonic(), asyncio.get_running_loop()
-    jpeg, meta = await loop.run_in_executor(app[POOL], annotate, photo, app[DETECTOR], drawn)
-    return jpeg, meta | more | {"took_ms": round((time.monotonic() - start) * 1000)}
-
-
-async def annotate_and_announce(
-    app: web.Application, id: str, name: str | None, photo: bytes
-) -> Image:
-    """Annotate a photo, keep the image, and announce it."""
-    jpeg, meta = await run_in_pool(app, photo, drawn=True, filename=name)
-    image = Image(time.time(), jpeg, {"id": id, "url": "", **meta})
-    await app[STORE].put(id, image)
-    await announce(app, image)
-    log.info("%r: %d faces in %d ms", name, len(meta["faces"]), meta["took_ms"])
-    return image
 
 
 async def result_of(job: Awaitable[Any]) -> Any:
@@ -615,7 +624,7 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
         if status == 503:
             error.headers["Retry-After"] = "1"
         log.info("%s %s %r: %d %s", request.remote, request.method, request.path, status, detail)
-        # If raised, it would keep the photo: aiohttp and its traceback refer to each other.
+        # Returned, not raised: a raised error and its traceback form a cycle that keeps the photo.
         document = {"title": error.reason, "status": status, "detail": detail}
         del error.headers["Content-Type"]
         kind = "application/problem+json"
@@ -623,11 +632,11 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
 
 
 def check_site(request: web.Request) -> None:
-    """Refuse the pages of other sites, which could use a server on the machine of their reader."""
+    """Refuse pages of other sites: the browser that shows them may reach this machine."""
     config, host = request.app[CONFIG], request.headers.get("Host", "")
     public = urlsplit(config.public_url).netloc
     if not re.fullmatch(r"([\w.-]+|\[[\w:.]+\])(:\d+)?", host, re.ASCII):
-        raise web.HTTPBadRequest(text="The request needs a Host, a name or an address.")
+        raise web.HTTPBadRequest(text="The Host header must be a name or an address.")
 
     # Any name can be made to resolve to this machine (DNS rebinding), but for those without a dot.
     local = config.host in ("127.0.0.1", "localhost")
@@ -637,7 +646,7 @@ def check_site(request: web.Request) -> None:
     origin = request.headers.get("Origin", f"//{host}")
     request[CORS] = origin in config.allow_origin or "*" in config.allow_origin
     if not request[CORS] and origin.partition("//")[2] not in (host, public or host):
-        raise web.HTTPForbidden(text=f"A page of {origin} may not use this (--allow-origin).")
+        raise web.HTTPForbidden(text=f"Pages of {origin} may not use this (--allow-origin).")
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
@@ -737,11 +746,11 @@ def main() -> None:
     """Run the server with the options of the command line."""
     config = Config(**vars(make_parser().parse_args()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    # Else there are tracebacks, a hundred a second when files run out, one if it is not HTTP.
+    # No tracebacks if files run out (a hundred a second), or if a client speaks no HTTP.
     noise = re.compile(r"accept\(\)|_start_serving|aiohttp\.http_exceptions")
     for name in ("asyncio", "aiohttp.server"):
-        quiet = logging.getLogger(name).addFilter
-        quiet(lambda record: not noise.search(f"{record.msg} {record.exc_info}"))
+        logger = logging.getLogger(name)
+        logger.addFilter(lambda record: not noise.search(f"{record.msg} {record.exc_info}"))
     try:
         serve(create_app(config))
     except (OSError, OverflowError, ValueError) as error:

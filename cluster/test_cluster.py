@@ -300,7 +300,7 @@ def test_a_url_that_is_none_of_redis_ends_the_start_with_one_line() -> None:
 async def test_any_process_waits_for_a_photo_under_way(three: list[str], client: Client) -> None:
     """Even for longer than a promise lasts."""
     began = time.monotonic()
-    count = 3 * (os.cpu_count() or 1)
+    count = 8 * (os.cpu_count() or 1)
     ids = [(await client.post(three[0], SLOW, **ASYNC))["id"] for _ in range(count)]
     images = await asyncio.gather(*(client.get(f"{url}/image/{ids[-1]}") for url in three))
     assert images == [(200, images[0][1])] * 3

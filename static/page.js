@@ -334,6 +334,7 @@ async function startCamera() {
     video.srcObject = camera.stream;
     $("camera").hidden = false;
     await video.play();
+    if (!camera.stream) return; // it was stopped meanwhile
   } catch (error) {
     const words = {
       AbortError: "", // it was stopped before it started
