@@ -210,19 +210,17 @@ def draw(pixels: Pixels, faces: list[Face]) -> None:
 
 # --- The detectors ---
 class HaarDetector(threading.local):
-    """Find frontal faces with a Haar cascade (Viola and Jones, 2001): scan, then look closely.
+    """Find frontal faces with a Haar cascade (Viola and Jones, 2001). Raises ValueError.
 
-    The score of a face is the number of windows that pass in four close views of it: narrower,
-    wider, and turned both ways. A real face is still found there, a chance likeness is not.
-    Raises ValueError if the file is not a cascade. A cascade is not thread-safe: threading.local
-    runs __init__ in each thread.
+    A score counts the windows that pass in four close views of a face; a chance likeness fails.
+    A cascade is not thread-safe: by threading.local, __init__ runs in each thread.
     """
 
     def __init__(self, file: Path, min_score: float) -> None:
         self.min_score, self.cascade = min_score or HAAR_SCORE, cv2.CascadeClassifier()
-        mode = cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY  # OpenCV cannot open every path
+        text = file.read_text("latin-1")  # OpenCV cannot open every path
         with contextlib.suppress(SystemError, cv2.error):
-            storage = cv2.FileStorage(file.read_text("latin-1"), mode)
+            storage = cv2.FileStorage(text, cv2.FILE_STORAGE_MEMORY)
             self.cascade.read(storage.getFirstTopLevelNode())
         if self.cascade.empty():
             raise ValueError(f"{file} is not a cascade")
@@ -233,32 +231,30 @@ class HaarDetector(threading.local):
         size = [math.ceil(width / shrink), math.ceil(height / shrink)]
         gray = copy = cv2.cvtColor(cv2.resize(pixels, size), cv2.COLOR_BGR2GRAY)
 
-        # Scan for faces of one size to twice that, halve the copy, and so on.
+        # Scan for faces of one size to twice that, halve the copy, and so on. Windows are sorted,
+        # since OpenCV's threads find them in any order.
         windows, window, smallest = [], self.cascade.getOriginalWindowSize()[0], HAAR_SMALLEST
         while smallest <= min(size):
             copy = cv2.resize(copy, [math.ceil(side * window / smallest) for side in size])
             found = self.cascade.detectMultiScale(copy, 1.3, 0, maxSize=(2 * window - 1,) * 2)
-            # sorted, since OpenCV's threads find them in any order
             windows += sorted(np.multiply(found, smallest / window).astype(int).tolist())
             smallest *= 2
 
         # Edges within 0.3 of a side make a group. A group of one would be dropped, hence * 2.
-        boxes, _ = cv2.groupRectangles(windows[-HAAR_WINDOWS:] * 2, 1, 0.3)
-        faces = []
+        faces, (boxes, _) = [], cv2.groupRectangles(windows[-HAAR_WINDOWS:] * 2, 1, 0.3)
         for x, y, side, _ in np.array(boxes).tolist():
-            score = self.score(gray, x, y, side)
+            score = self.count_windows(gray, x, y, side)
             if score >= self.min_score:
                 x, y, side = (round(each * shrink) for each in (x, y, side))
                 faces.append(Face(x, y, min(side, width - x), min(side, height - y), score))
         best = cv2.dnn.NMSBoxes([f[:4] for f in faces], [f.score for f in faces], 0, OVERLAP)
         return [faces[i] for i in best]
 
-    def score(self, gray: Pixels, x: int, y: int, side: int) -> int:
-        """Count the windows that pass in the views of a box."""
-        size, middle = side * 5 // 4, (x + side / 2, y + side / 2)
-        around = cv2.getRectSubPix(gray, (size, size), middle)
-        view = cv2.resize(around, (40, 40), interpolation=cv2.INTER_AREA)
-        views = [cv2.resize(view, (35, 46)), cv2.resize(view, (46, 35))]
+    def count_windows(self, gray: Pixels, x: int, y: int, side: int) -> int:
+        around = (side * 5 // 4,) * 2
+        view = cv2.getRectSubPix(gray, around, (x + side / 2, y + side / 2))
+        view = cv2.resize(view, (40, 40), interpolation=cv2.INTER_AREA)
+        views = [cv2.resize(view, (35, 46)), cv2.resize(view, (46, 35))]  # narrower and wider
         for angle in (-12, 12):
             turn = cv2.getRotationMatrix2D((20, 20), angle, 1)
             views.append(cv2.warpAffine(view, turn, (40, 40), borderMode=cv2.BORDER_REPLICATE))
