@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
@@ -132,6 +133,15 @@ async def test_its_examples_of_errors_are_real_answers(
     server: str, name: str, method: str, path: str, options: dict[str, Any]
 ) -> None:
     assert await answer(method, server + path, **options) == EXAMPLES[name]
+
+
+@pytest.mark.parametrize("file", ["README.md", "server.py"])
+async def test_the_answer_that_it_shows_is_a_real_one(server: str, file: str) -> None:
+    shown = re.search(r"^ *\{\n.*?^ *\}\n", (ROOT / file).read_text("utf-8"), re.M | re.S)
+    assert shown is not None
+    real = await post(server)
+    differ = {"id": "", "url": "", "took_ms": 0}
+    assert list((json.loads(shown[0]) | differ).items()) == list((real | differ).items())
 
 
 async def test_server_py_alone_answers_with_text(tmp_path: Path) -> None:
