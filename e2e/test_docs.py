@@ -137,7 +137,7 @@ async def test_its_examples_of_errors_are_real_answers(
 
 @pytest.mark.parametrize("file", ["README.md", "server.py"])
 async def test_the_answer_that_it_shows_is_a_real_one(server: str, file: str) -> None:
-    shown = re.search(r"^ *\{\n.*?^ *\}\n", (ROOT / file).read_text("utf-8"), re.M | re.S)
+    shown = re.search(r"^( *)\{\n.*?^\1\}\n", (ROOT / file).read_text("utf-8"), re.M | re.S)
     assert shown is not None
     real = await post(server)
     differ = {"id": "", "url": "", "took_ms": 0}
