@@ -462,7 +462,8 @@ async def post_image(request: web.Request) -> web.Response:
 
     url = url_of(request, id)
     headers = {"Location": url}
-    if "respond-async" in request.headers.get("Prefer", ""):  # RFC 7240
+    preferences = ",".join(request.headers.getall("Prefer", []))  # RFC 7240
+    if re.search(r"(^|,)\s*respond-async\s*($|[,;])", preferences, re.IGNORECASE):
         headers["Preference-Applied"] = "respond-async"
         return json_response({"id": id, "url": url}, status=202, headers=headers)
     image = await result_of(job)
@@ -576,14 +577,15 @@ def file_in_form(content_type: str, form: bytes) -> tuple[str, bytes]:
     aiohttp's reader would hold up everybody for seconds on a preamble of short lines.
     """
     boundary = re.split("boundary=", content_type, flags=re.I)[-1].partition(";")[0].strip('" ')
-    *parts, end = (b"\r\n" + form).split(b"\r\n--" + boundary.encode(errors="replace"), 1000)
+    _, *parts = (b"\r\n" + form).split(b"\r\n--" + boundary.encode(errors="replace"), 1000)
+    end = next((at for at, part in enumerate(parts) if part.startswith(b"--")), None)
     files = []
-    for part in parts[1:]:
+    for part in parts[:end]:  # what follows the end is ignored
         headers, _, content = part.partition(b"\r\n\r\n")
         name = re.search(rb'; *filename\*?=("[^"]*"|[^;\s]*)', headers, re.IGNORECASE)
         if name and content:
             files.append((name[1].strip(b'"').decode(errors="replace")[:255], content))
-    if len(files) != 1 or not end.startswith(b"--"):
+    if len(files) != 1 or end is None:
         raise web.HTTPBadRequest(text="The form must be complete and have exactly one file.")
     return files[0]
 
@@ -640,7 +642,8 @@ def check_site(request: web.Request) -> None:
         raise web.HTTPForbidden(text=f"{host} is not this machine (--host, --public-url).")
 
     origin = request.headers.get("Origin", f"//{host}")
-    request[CORS] = origin in config.allow_origin or "*" in config.allow_origin
+    allowed = {site.rstrip("/") for site in config.allow_origin}
+    request[CORS] = not allowed.isdisjoint({origin, "*"})
     if not request[CORS] and origin.partition("//")[2] not in (host, public or host):
         raise web.HTTPForbidden(text=f"Pages of {origin} may not use this (--allow-origin).")
 

@@ -391,6 +391,29 @@ async def test_headers_that_trickle_are_cut_off(server: Server) -> None:
                 await asyncio.wait([asyncio.create_task(slow.reader.read(1))], timeout=0.5)
 
 
+@pytest.mark.parametrize(
+    ("preference", "status"),
+    [("Wait=10, Respond-Async; a=b", 202), ("x-respond-async", 201), ("respond-async-x", 201)],
+)
+async def test_a_preference_counts_by_its_whole_name(
+    server: Server, preference: str, status: int
+) -> None:
+    assert (await ask(server, post(PHOTO, f"Prefer: {preference}"))).says(status)
+
+
+async def test_an_allowed_site_may_end_with_a_slash() -> None:
+    with running("--allow-origin", "https://school.example/") as server:
+        answer = await ask(server, get("/health", "Origin: https://school.example"))
+        assert answer.says(200)
+        assert (await ask(server, get("/health", "Origin: https://school.exampl"))).says(403)
+
+
+async def test_what_follows_the_end_of_a_form_is_ignored(server: Server) -> None:
+    part = b'--b\r\nContent-Disposition: form-data; filename="a.png"\r\n\r\n' + PHOTO + b"\r\n"
+    form, kind = part + b"--b--\r\n", "Content-Type: multipart/form-data; boundary=b"
+    assert (await ask(server, post(form + part, kind))).says(201)
+
+
 async def test_uploads_that_stall_keep_nobody_from_posting(server: Server) -> None:
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(100):
