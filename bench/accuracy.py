@@ -50,7 +50,7 @@ def read(folder: Path, name: str) -> server.Pixels:
 
 def usual_call() -> Callable[[server.Pixels], list[Box]]:
     """What most examples do."""
-    cascade = cv2.CascadeClassifier(str(Path(cv2.__file__).parent / "data" / server.CASCADE))
+    cascade = cv2.CascadeClassifier(str(ROOT / "haarcascade_frontalface_default.xml"))
 
     def detect(image: server.Pixels) -> list[Box]:
         grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)

@@ -68,7 +68,7 @@ class NaiveDetector(threading.local):
     """The cascade on the whole photo, with the settings of most examples."""
 
     def __init__(self) -> None:
-        self.cascade = cv2.CascadeClassifier(str(ROOT / server.CASCADE))
+        self.cascade = cv2.CascadeClassifier(str(ROOT / "haarcascade_frontalface_default.xml"))
 
     def __call__(self, pixels: server.Pixels) -> list[server.Face]:
         grey = cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY)
