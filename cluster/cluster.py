@@ -26,7 +26,7 @@ from redis.exceptions import RedisError
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import server
-from server import ERRORS, Config, Detector, Image, Store
+from server import ERRORS, STATE, Config, Detector, Image, State
 
 KEEP_SECONDS = 3600  # the default
 PROMISE = 2  # seconds until the photos of a process that died are given up
@@ -68,14 +68,16 @@ def redis_needed() -> Iterator[None]:
         raise web.HTTPServiceUnavailable(text="Redis is away (--redis-url).") from None
 
 
-class RedisStore(Store):
-    """The images in Redis, and the photos that this process works on.
+class RedisState(State):
+    """The images in Redis, and what this process holds.
 
     The key of a photo holds its Image or what is wrong with it; b"" while a process works on it.
     """
 
-    def __init__(self, config: Config, redis_url: str, keep_seconds: int) -> None:
-        super().__init__(config)
+    def __init__(
+        self, config: Config, detector: Detector, redis_url: str, keep_seconds: int
+    ) -> None:
+        super().__init__(config, detector)
         pool = BlockingConnectionPool.from_url(
             redis_url,
             timeout=TIMEOUT,
@@ -97,7 +99,7 @@ class RedisStore(Store):
         try:
             with redis_needed():
                 await self.redis.set(key_of(id), b"", px=PROMISE * 1000)
-        except web.HTTPServiceUnavailable:
+        except BaseException:  # a client that leaves cancels it
             work.close()  # else Python warns that nobody awaited it
             raise
         return await super().start(id, work)
@@ -158,7 +160,7 @@ class RedisStore(Store):
                 pipeline.exists(key_of(image.meta["id"]))
             return list(itertools.compress(images, await pipeline.execute()))
 
-    async def relay(self, app: web.Application) -> None:
+    async def relay(self) -> None:
         """Announce what other processes publish. If Redis goes away, retry until it is back."""
         while True:
             try:
@@ -175,7 +177,7 @@ class RedisStore(Store):
                             self.subscribed.set()
                         news = message["data"] if message["type"] == "message" else self.process
                         if not news.startswith(self.process):
-                            await server.announce(app, from_news(news))
+                            await self.announce(from_news(news))
             except Exception as error:
                 if self.subscribed.is_set():
                     log.warning("The subscription is lost: %r", error)
@@ -184,7 +186,7 @@ class RedisStore(Store):
 
     async def stay_subscribed(self, app: web.Application) -> AsyncIterator[None]:
         """Subscribe before the first request, and until after the last."""
-        relay = asyncio.create_task(self.relay(app))
+        relay = asyncio.create_task(self.relay())
         try:
             await asyncio.wait_for(self.subscribed.wait(), TIMEOUT)
         except TimeoutError:
@@ -203,9 +205,8 @@ class RedisStore(Store):
             if not self.subscribed.is_set():
                 raise RedisError("not subscribed")
             keys, memory = await self.redis.dbsize(), await self.redis.info("memory")
-        stored = {"images": keys, "bytes": memory["used_memory"], "queued": len(self.under_way())}
-        clients = len(request.app[server.WATCHERS])
-        return server.json_response({"status": "ok", "clients": clients} | stored)
+        held = {"images": keys, "bytes": memory["used_memory"], "queued": len(self.jobs)}
+        return server.reply({"status": "ok", "clients": len(self.watchers)} | held)
 
 
 def key_of(id: str) -> str:
@@ -242,11 +243,10 @@ def create_app(
     detector: Detector | None = None,
 ) -> web.Application:
     """Return the server, with its images in Redis. Raises ValueError if the URL is invalid."""
-    store = RedisStore(config, redis_url, keep_seconds)
     app = server.create_app(config, detector)
-    app[server.STORE] = store
-    app.middlewares.append(store.tell_health)
-    app.cleanup_ctx.append(store.stay_subscribed)
+    app[STATE] = state = RedisState(config, app[STATE].detector, redis_url, keep_seconds)
+    app.middlewares.append(state.tell_health)
+    app.cleanup_ctx.append(state.stay_subscribed)
     return app
 
 

@@ -27,7 +27,7 @@ if not shutil.which("redis-server"):
     pytest.skip("redis-server is missing: apt-get install redis-server", allow_module_level=True)
 
 import cluster
-from server import STORE, BadPhoto, Image
+from server import STATE, BadPhoto, Image
 
 CLUSTER = Path(__file__).parent
 ASTRONAUT = (CLUSTER.parent / "samples/astronaut.jpg").read_bytes()
@@ -142,12 +142,12 @@ async def three(urls: list[str], redis: Redis, client: "Client") -> list[str]:
 
 
 @pytest.fixture
-async def store(redis: Redis) -> AsyncIterator[cluster.RedisStore]:
-    """The store of a process in which everything can be done to it."""
-    store = cluster.app(f"--redis-url={redis.url}", "--keep-seconds=2")[STORE]
-    assert isinstance(store, cluster.RedisStore)
-    yield store
-    await store.redis.aclose()
+async def state(redis: Redis) -> AsyncIterator[cluster.RedisState]:
+    """The state of a process in which everything can be done to it."""
+    state = cluster.app(f"--redis-url={redis.url}", "--keep-seconds=2")[STATE]
+    assert isinstance(state, cluster.RedisState)
+    yield state
+    await state.redis.aclose()
 
 
 # --- Clients ---
@@ -316,12 +316,12 @@ async def test_the_error_of_a_bad_photo_crosses(
     assert answers == [(status, answers[0][1])] * 3
 
 
-async def test_nothing_is_kept_of_what_nobody_can_ask_for(store: cluster.RedisStore) -> None:
+async def test_nothing_is_kept_of_what_nobody_can_ask_for(state: cluster.RedisState) -> None:
     async def fail() -> None:
         raise BadPhoto("It is damaged.")
 
-    assert isinstance(await (await store.start(None, fail())), BadPhoto)  # POST /detect
-    assert await store.redis.dbsize() == 0
+    assert isinstance(await (await state.start(None, fail())), BadPhoto)  # POST /detect
+    assert await state.redis.dbsize() == 0
 
 
 async def test_nobody_waits_for_a_process_that_was_killed(
@@ -341,49 +341,49 @@ async def test_nobody_waits_for_a_process_that_was_killed(
 
 
 # --- Letting go of images ---
-async def put(store: cluster.RedisStore, id: str, size: int = 100) -> None:
-    await store.start(id, asyncio.sleep(0))
-    await store.put(id, Image(0, bytes(size), {"id": id}))
+async def put(state: cluster.RedisState, id: str, size: int = 100) -> None:
+    await state.start(id, asyncio.sleep(0))
+    await state.put(id, Image(0, bytes(size), {"id": id}))
 
 
-async def found(store: cluster.RedisStore, ids: list[str]) -> list[str]:
+async def found(state: cluster.RedisState, ids: list[str]) -> list[str]:
     """Return those ids whose images are there."""
     there = []
     for id in ids:
         with contextlib.suppress(web.HTTPNotFound):
-            image = await store.get(id)
+            image = await state.get(id)
             assert isinstance(image, Image) and image.jpeg
             there.append(id)
     return there
 
 
-async def listed(store: cluster.RedisStore) -> list[str]:
-    return [image.meta["id"] for image in await store.newest_first()]
+async def listed(state: cluster.RedisState) -> list[str]:
+    return [image.meta["id"] for image in await state.newest_first()]
 
 
-async def test_an_image_is_kept_for_the_time_set(store: cluster.RedisStore) -> None:
-    await put(store, "short")
-    assert await found(store, ["short"]) == await listed(store) == ["short"]
+async def test_an_image_is_kept_for_the_time_set(state: cluster.RedisState) -> None:
+    await put(state, "short")
+    assert await found(state, ["short"]) == await listed(state) == ["short"]
     await asyncio.sleep(2.1)
-    assert await found(store, ["short"]) == await listed(store) == []
+    assert await found(state, ["short"]) == await listed(state) == []
 
 
-async def test_a_full_redis_lets_go_of_old_images(store: cluster.RedisStore, redis: Redis) -> None:
+async def test_a_full_redis_lets_go_of_old_images(state: cluster.RedisState, redis: Redis) -> None:
     redis.ask("config", "set", "maxmemory", "8mb")
     ids = [str(number) for number in range(20)]
     for id in ids:
-        await put(store, id, size=10**6)
-    there = await found(store, ids)
+        await put(state, id, size=10**6)
+    there = await found(state, ids)
     redis.ask("config", "set", "maxmemory", "0")
     assert there[-1] == ids[-1] and 3 < len(there) < 8
-    assert await listed(store) == there[::-1]
+    assert await listed(state) == there[::-1]
 
 
-async def test_the_newest_100_are_listed(store: cluster.RedisStore) -> None:
+async def test_the_newest_100_are_listed(state: cluster.RedisState) -> None:
     ids = [str(number) for number in range(102)]
     for id in ids:
-        await put(store, id)
-    assert await listed(store) == ids[:1:-1]
+        await put(state, id)
+    assert await listed(state) == ids[:1:-1]
 
 
 # --- Redis away ---
@@ -446,21 +446,21 @@ async def test_a_photo_under_way_when_redis_goes_away_is_refused_as_a_whole(
 
 
 async def test_nothing_is_kept_once_the_poster_was_told_so(
-    store: cluster.RedisStore, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    state: cluster.RedisState, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Redis is paused at the worst moment: it runs the script when it is resumed."""
-    time_of_redis = store.redis.time
+    time_of_redis = state.redis.time
 
     async def pause() -> tuple[int, int]:
         now = await time_of_redis()
         redis.signal(signal.SIGSTOP)
         return now
 
-    monkeypatch.setattr(store.redis, "time", pause)
+    monkeypatch.setattr(state.redis, "time", pause)
     with pytest.raises(cluster.RedisAway):
-        await store.put("late", Image(0, b"jpeg", {"id": "late"}))
+        await state.put("late", Image(0, b"jpeg", {"id": "late"}))
     redis.recover()
-    assert await found(store, ["late"]) == await listed(store) == []
+    assert await found(state, ["late"]) == await listed(state) == []
 
 
 # --- gunicorn ---

@@ -157,6 +157,13 @@ def jpeg_of_scans(side: int, scans: int, filler: bytes = b"") -> bytes:
     return b"\xff\xd8" + tables + frame + first + nothing * (scans - 1) + b"\xff\xd9"
 
 
+def film(size: int) -> bytes:
+    """Bytes in which the marker of a scan stands by chance, as in those of a film."""
+    noise = np.random.default_rng(1).bytes(size)
+    assert noise.count(b"\xff\xda") > 100
+    return noise
+
+
 # --- All of it ---
 
 
@@ -175,7 +182,7 @@ def kinds(image: np.ndarray) -> dict[str, bytes]:
         "JPEG, then HTML": jpeg + html,
         "JPEG, HTML inside": jpeg[:2] + segment(0xFE, html) + jpeg[2:],
         "JPEG with fill bytes": jpeg[:2] + b"\xff" * 99 + jpeg[2:],
-        "JPEG, then a film": jpeg + b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x08" * 1000,
+        "JPEG, then a film": jpeg + b"\0\0\0\x18ftypmp42" + film(8 * MIB),
         "PNG": encode(".png", image),
         "PNG, grey": encode(".png", grey),
         "PNG, transparent": encode(".png", alpha),

@@ -53,30 +53,28 @@ async def test_each_route_of_the_app_stands_in_it() -> None:
         for path, item in DOCUMENT["paths"].items()
         for method in HTTP_METHODS & set(item)
     }
-    gets = [path for path, method in documented if method == "get" and path != "/faces"]
+    gets = [path for path, method in documented if method == "get"]
     assert documented | {(path, "head") for path in gets} == routes  # HEAD goes without saying
 
 
-async def test_the_server_answers_nothing_that_it_does_not_describe(
-    server: str, tmp_path: Path
-) -> None:
+async def test_the_server_answers_nothing_that_it_does_not_describe(tmp_path: Path) -> None:
     pytest.importorskip(
         "schemathesis", reason="Schemathesis is missing: pip install -r e2e/requirements.txt"
     )
-    process = await asyncio.create_subprocess_exec(
-        str(Path(sys.executable).with_name("schemathesis")),
-        "run",
-        f"{server}/openapi.json",
-        # No schema tells what a photo is.
-        "--exclude-checks=positive_data_acceptance,negative_data_rejection",
-        "--max-examples=20",
-        "--seed=1",
-        "--no-color",
-        cwd=tmp_path,
-        env=os.environ | {"SCHEMATHESIS_HOOKS": str(Path(__file__).with_name("hooks.py"))},
-        stdout=asyncio.subprocess.PIPE,
-    )
-    async with asyncio.timeout(120):
+    async with serving(tracebacks=True) as url, asyncio.timeout(120):  # it sends invalid HTTP, too
+        process = await asyncio.create_subprocess_exec(
+            str(Path(sys.executable).with_name("schemathesis")),
+            "run",
+            f"{url}/openapi.json",
+            # No schema tells what a photo is.
+            "--exclude-checks=positive_data_acceptance,negative_data_rejection",
+            "--max-examples=20",
+            "--seed=1",
+            "--no-color",
+            cwd=tmp_path,
+            env=os.environ | {"SCHEMATHESIS_HOOKS": str(Path(__file__).with_name("hooks.py"))},
+            stdout=asyncio.subprocess.PIPE,
+        )
         output, _ = await process.communicate()
     assert process.returncode == 0, output.decode()
     operations = [HTTP_METHODS & set(item) for item in DOCUMENT["paths"].values()]
@@ -99,7 +97,6 @@ async def test_its_example_of_detected_faces_is_a_real_answer(server: str) -> No
 
 NOBODY = "00000000-0000-4000-8000-000000000000"
 HUGE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (20000).to_bytes(4) + (10000).to_bytes(4)
-HEIC = b"\0\0\0\x18ftypheic"
 
 
 def form(*photos: bytes) -> dict[str, Any]:
@@ -112,13 +109,10 @@ ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("no_file", "POST", "/image", form()),
     ("two_files", "POST", "/image", form(b"one", b"two")),
     ("empty", "POST", "/image", {"data": b""}),
-    ("bad_host", "GET", "/health", {"headers": {"Host": "no host"}}),
     ("other_host", "GET", "/health", {"headers": {"Host": "elsewhere.example"}}),
     ("other_site", "GET", "/health", {"headers": {"Origin": "https://elsewhere.example"}}),
     ("no_image", "GET", f"/image/{NOBODY}", {}),
     ("no_photo", "POST", "/image", {"data": b"a poem"}),
-    ("heic", "POST", "/detect", {"data": HEIC}),
-    ("encoded", "POST", "/image", {"data": b"1", "headers": {"Content-Encoding": "gzip"}}),
     ("damaged", "POST", "/detect", {"data": ASTRONAUT.read_bytes()[:5000]}),
     ("too_large", "POST", "/image", {"data": io.BytesIO(bytes(21 * 2**20))}),
     ("too_many_pixels", "POST", "/image", {"data": HUGE}),

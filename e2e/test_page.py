@@ -293,7 +293,7 @@ async def test_what_the_browser_cannot_read_goes_as_it_is(
     (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     page = await connected(await visit(server))
     await choose(page, tmp_path / "IMG_1.HEIC")
-    await expect(page.locator("#refusals p")).to_contain_text(re.compile("^IMG_1.HEIC: .*HEIC"))
+    await expect(page.locator("#refusals p")).to_contain_text(re.compile("^IMG_1.HEIC: .*iPhone"))
 
 
 # --- Errors ---
