@@ -557,8 +557,9 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
 
         # Not raised: a raised error and its traceback form a cycle that keeps the photo.
         problem = {"title": error.reason, "status": status, "detail": detail}
-        error.headers["Content-Type"] = "application/problem+json"
-        response = web.Response(text=json.dumps(problem), status=status, headers=error.headers)
+        kind = "application/problem+json"
+        del error.headers["Content-Type"]
+        response = reply(problem, status=status, headers=error.headers, content_type=kind)
 
     for name in ("Origin", "Methods", "Headers"):  # check_site() has let the page in
         response.headers[f"Access-Control-Allow-{name}"] = "*"

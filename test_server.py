@@ -75,7 +75,7 @@ async def refused(answer, status):
     """Return the words of an error, which must be a problem document (RFC 9457)."""
     problem = await answer.json(content_type="application/problem+json")
     assert problem == {"title": answer.reason, "status": status, "detail": problem["detail"]}
-    assert answer.status == status
+    assert (answer.status, await answer.text()) == (status, json.dumps(problem, indent=2) + "\n")
     return problem["detail"]
 
 
