@@ -523,7 +523,10 @@ def composed() -> Iterator[str]:
 @pytest.fixture
 async def three_composed(composed: str, client: Client) -> str:
     """The same, once nginx answers for three servers that each count a watcher."""
+    healthy = ("--filter", "name=faces-test_server", "--filter", "health=healthy")
     async with asyncio.timeout(TIMEOUT), contextlib.AsyncExitStack() as stack:
+        while len(run("docker", "ps", "-q", *healthy).split()) < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
         while True:
             with contextlib.suppress(aiohttp.ClientError):
                 await stack.enter_async_context(client.session.ws_connect(f"{composed}/faces"))
