@@ -578,8 +578,9 @@ def check_site(request: web.Request) -> None:
         raise web.HTTPForbidden(text=f"{host} is not this machine (--host, --public-url).")
 
     origin = request.headers.get("Origin", f"//{host}")
+    own = origin.partition("//")[2] in {host, public} - {""}
     allowed = {site.rstrip("/") for site in config.allow_origin}
-    if allowed.isdisjoint({origin, "*"}) and urlsplit(origin).netloc not in (host, public or host):
+    if not own and allowed.isdisjoint({origin, "*"}):
         raise web.HTTPForbidden(text=f"Pages of {origin} may not use this (--allow-origin).")
 
 
