@@ -25,7 +25,7 @@ The watcher sees the URL at once. It opens as the photo with a box around the fa
 
 import argparse
 import asyncio
-import contextlib
+import inspect
 import json
 import logging
 import math
@@ -39,6 +39,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,36 +79,21 @@ Pixels = np.ndarray  # BGR, (height, width, 3), uint8
 
 @dataclass(frozen=True)
 class Config:
-    """The settings. Each is an option of the command line, and its sentence here is its help.
+    """The settings. Each is an option of the command line, and the comment on it is its help."""
 
-    host: address to listen on; 0.0.0.0 lets other machines in
-    port: port to listen on; 0 takes a free one
-    public_url: URL of this server behind a proxy
-    allow_origin: site whose pages may use it, or *; may be repeated
-    keep: images to keep
-    keep_mb: MiB of images to keep
-    max_mb: MiB in a body
-    upload_timeout: seconds for an upload, and for a client to take what it asked for
-    threads: photos at a time
-    queue: photos waiting for each thread
-    max_clients: watchers at a time
-    model: YuNet network (.onnx) or cascade (.xml)
-    min_score: of a face; 0 is 9, with YuNet 0.7
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8282
-    public_url: str = ""
-    allow_origin: tuple[str, ...] = ()
-    keep: int = 100
-    keep_mb: int = 128
-    max_mb: int = 20
-    upload_timeout: int = 40
-    threads: int = os.cpu_count() or 1
-    queue: int = 8
-    max_clients: int = 500
-    model: str = ""
-    min_score: float = 0.0
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines in
+    port: int = 8282  # port to listen on; 0 takes a free one
+    public_url: str = ""  # URL of this server behind a proxy
+    allow_origin: tuple[str, ...] = ()  # site whose pages may use it, or *; may be repeated
+    keep: int = 100  # images to keep
+    keep_mb: int = 128  # MiB of images to keep
+    max_mb: int = 20  # MiB in a body
+    upload_timeout: int = 40  # seconds for an upload, and for a client to take what it asked for
+    threads: int = os.cpu_count() or 1  # photos at a time
+    queue: int = 8  # photos waiting for each thread
+    max_clients: int = 500  # watchers at a time
+    model: str = ""  # YuNet network (.onnx) or cascade (.xml)
+    min_score: float = 0.0  # of a face; 0 is 9, with YuNet 0.7
 
 
 # --- The photo: bytes in, bytes out, no HTTP ---
@@ -204,7 +190,7 @@ class HaarDetector(threading.local):
     def __init__(self, file: Path, min_score: float) -> None:
         self.min_score, self.cascade = min_score or HAAR_SCORE, cv2.CascadeClassifier()
         text = file.read_text("latin-1")  # OpenCV cannot open every path
-        with contextlib.suppress(SystemError, cv2.error):
+        with suppress(SystemError, cv2.error):
             storage = cv2.FileStorage(text, cv2.FILE_STORAGE_MEMORY)
             self.cascade.read(storage.getFirstTopLevelNode())
         if self.cascade.empty():
@@ -242,8 +228,7 @@ class YuNetDetector(threading.local):
 
     def __init__(self, file: str, min_score: float) -> None:
         try:
-            score = min_score or YUNET_SCORE
-            self.network = cv2.FaceDetectorYN.create(file, "", (64, 64), score)
+            self.network = cv2.FaceDetectorYN.create(file, "", (64, 64), min_score or YUNET_SCORE)
             self(np.zeros((64, 64, 3), np.uint8))  # another network would fail only now
         except cv2.error:
             raise ValueError(f"{file} is not a YuNet network") from None
@@ -341,7 +326,7 @@ class State:
         """Send the URL of an image to every watcher, and wait for none of them."""
         for ws, (prefix, as_json) in list(self.watchers.items()):
             meta = image.to_json(prefix)
-            with contextlib.suppress(ConnectionError):  # it has left
+            with suppress(ConnectionError):  # it has left
                 await ws.send_str(json.dumps(meta) if as_json else meta["url"])
 
     async def put(self, id: str, image: Image) -> None:
@@ -622,7 +607,7 @@ async def finish(app: web.Application) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line, with an option for each field of Config."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, help in re.findall(r"(\w+): (.+)", str(Config.__doc__)):
+    for name, help in re.findall(r"(\w+): .+  # (.+)", inspect.getsource(Config)):
         option, default = "--" + name.replace("_", "-"), getattr(Config, name)
         if name == "allow_origin":
             parser.add_argument(option, action="append", default=[], help=help)
@@ -640,7 +625,7 @@ def serve(app: web.Application) -> None:
         timeout = 1000 * config.upload_timeout
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
     if host == "0.0.0.0":
-        with socket.socket(type=socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        with socket.socket(type=socket.SOCK_DGRAM) as probe, suppress(OSError):
             probe.connect(("192.0.2.1", 9))  # sends nothing, but has an address in the network
             host = probe.getsockname()[0]
 
