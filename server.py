@@ -75,6 +75,7 @@ MAX_ERRORS = 1000  # photos whose error is kept, so that a GET can tell it
 
 log = logging.getLogger("faces")
 Pixels = np.ndarray  # BGR, (height, width, 3), uint8
+Meta = dict[str, Any]  # what is known of a photo, as JSON
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Face(NamedTuple):
 Detector = Callable[[Pixels], list[Face]]
 
 
-def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[bytes, dict[str, Any]]:
+def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[bytes, Meta]:
     """Find the faces in a photo, and draw a box around each.
 
     Returns the JPEG, upright and without metadata (empty unless drawn), and a dict with its width,
@@ -188,9 +189,10 @@ class HaarDetector(threading.local):
     """
 
     def __init__(self, file: Path, min_score: float) -> None:
-        self.min_score, self.cascade = min_score or HAAR_SCORE, cv2.CascadeClassifier()
+        self.min_score = min_score or HAAR_SCORE
+        self.cascade = cv2.CascadeClassifier()
         text = file.read_text("latin-1")  # OpenCV cannot open every path
-        with suppress(SystemError, cv2.error):
+        with suppress(SystemError, cv2.error):  # another file leaves the cascade empty
             storage = cv2.FileStorage(text, cv2.FILE_STORAGE_MEMORY)
             self.cascade.read(storage.getFirstTopLevelNode())
         if self.cascade.empty():
@@ -213,9 +215,9 @@ class HaarDetector(threading.local):
         # too, while a chance likeness often is not. The view is larger than the box by 1.4.
         faces = []
         for x, y, side, _ in boxes:
-            around, middle = (side * 7 // 5,) * 2, (x + side / 2, y + side / 2)
-            view = cv2.resize(cv2.getRectSubPix(gray, around, middle), (45, 45))
-            views = (view, cv2.flip(view, 1))
+            middle, around = (x + side / 2, y + side / 2), side * 7 // 5
+            view = cv2.resize(cv2.getRectSubPix(gray, (around, around), middle), (45, 45))
+            views = view, cv2.flip(view, 1)
             score = sum(len(self.cascade.detectMultiScale(each, 1.05, 0)) for each in views)
             if score >= self.min_score:
                 x, y, side = (round(each * shrink) for each in (x, y, side))
@@ -268,9 +270,9 @@ class Image(NamedTuple):
 
     done: float  # when, in seconds since 1970
     jpeg: bytes
-    meta: dict[str, Any]  # its JSON, but for the URL, which is another one for each client
+    meta: Meta  # its URL is empty, since each client knows the server by another one
 
-    def to_json(self, prefix: str) -> dict[str, Any]:
+    def to_json(self, prefix: str) -> Meta:
         """Return its JSON for a client who knows the images by this prefix of their URLs."""
         return self.meta | {"url": prefix + self.meta["id"]}
 
@@ -307,7 +309,7 @@ class State:
         finally:
             del self.jobs[id]
 
-    async def annotate_in_pool(self, photo: bytes, drawn: bool = True) -> Any:
+    async def annotate_in_pool(self, photo: bytes, drawn: bool = True) -> tuple[bytes, Meta]:
         """Call annotate() in a thread. Its JSON gets the time, with the wait for the thread."""
         start, loop = time.monotonic(), asyncio.get_running_loop()
         jpeg, meta = await loop.run_in_executor(self.pool, annotate, photo, self.detector, drawn)
@@ -620,16 +622,15 @@ def serve(app: web.Application) -> None:
     """Listen, say where, and serve until SIGINT or SIGTERM. Raises OSError or OverflowError."""
     config = app[STATE].config
     host = config.host
-    listener = socket.create_server((host or "?", config.port))  # "" would be any address
+    sock = socket.create_server((host or "?", config.port))  # "" would be any address
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # ms, after which Linux drops those who do not read
-        timeout = 1000 * config.upload_timeout
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * config.upload_timeout)
     if host == "0.0.0.0":
         with socket.socket(type=socket.SOCK_DGRAM) as probe, suppress(OSError):
             probe.connect(("192.0.2.1", 9))  # sends nothing, but has an address in the network
             host = probe.getsockname()[0]
 
-    address = f"{host}:{listener.getsockname()[1]}"
+    address = f"{host}:{sock.getsockname()[1]}"
     banner = f"""
   open    http://{address}
   watch   wscat -c ws://{address}/faces
@@ -637,7 +638,7 @@ def serve(app: web.Application) -> None:
 """
     web.run_app(
         app,
-        sock=listener,
+        sock=sock,
         print=lambda _: print(banner, flush=True),  # SIGTERM is handled from now on
         access_log=None,
         auto_decompress=False,
