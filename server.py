@@ -20,7 +20,7 @@ Start it, watch it in a second terminal, and post a photo in a third:
       "took_ms": 24
     }
 
-The watcher sees the URL at once. It opens as the photo with a box around the face.
+The watcher sees the URL at once, and the URL opens as the photo with a box around the face.
 """
 
 import argparse
@@ -45,8 +45,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-# OpenCV reads this when it is imported.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")  # OpenCV reads it on import
 
 import cv2
 import numpy as np
@@ -54,19 +53,19 @@ from aiohttp import WSCloseCode, web
 from aiohttp.typedefs import Handler
 
 STATIC = Path(__file__).parent / "static"  # the web page; the server also runs without it
-CASCADE = "haarcascade_frontalface_alt2.xml"  # comes with OpenCV
-MAX_PIXELS = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]  # in a photo
+CASCADE = Path(cv2.__file__).with_name("data") / "haarcascade_frontalface_alt2.xml"
 
-SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is nowhere else but by chance
-MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and one of 50 megapixels can take 0.1 s
+MAX_PIXELS = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]  # in a photo
+SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is elsewhere only by chance
+MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 50 megapixels
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # of a still picture
 
-HAAR_SMALLEST = 33  # px, the smallest window; the face in it is smaller
-HAAR_PART = 38  # and at least 1/38 of the photo's longer side: a larger photo costs no more
-HAAR_WINDOWS = 1000  # of one scan; grouping them is quadratic, and only textures have more
-HAAR_SCORE = 9  # windows that a face needs; F1 is flat around it
-YUNET_SIDE = 416  # px, the longer side that the network sees: 0.4 of the time of 640 px
-YUNET_SHORTEST = 64  # px; on a shorter side the network sees boxes of infinite size
+HAAR_SMALLEST = 33  # px, the side of the smallest window; the face in it is smaller
+HAAR_PART = 38  # and at least 1/38 of the photo's longer side, so that a large photo costs no more
+HAAR_WINDOWS = 1000  # of a scan are grouped, which is quadratic; only textures have more
+HAAR_SCORE = 9  # windows that a face needs; one more or less changes little
+YUNET_SIDE = 416  # px, the longer side that the network sees, in 0.4 of the time of 640 px
+YUNET_SHORTEST = 64  # px; with a shorter side the network finds boxes of infinite size
 YUNET_SCORE = 0.7  # of 1, that a face needs
 
 PIECE = 2**16  # bytes of an image to send at a time
@@ -142,7 +141,7 @@ def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[byte
 
 def decode(photo: bytes) -> Pixels:
     """Decode a JPEG, PNG, WebP or GIF, and turn it upright. Raises as annotate()."""
-    # The first bytes tell the format. OpenCV reads many more, which nobody here asked for.
+    # The first bytes tell the format. OpenCV reads many others, which nobody here asked for.
     if not photo.startswith((b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF")):
         raise UnsupportedPhoto("This is not a JPEG, PNG, WebP or GIF (iPhone: Most Compatible).")
     if photo.startswith(b"\x89PNG"):
@@ -163,7 +162,7 @@ def decode(photo: bytes) -> Pixels:
 
 def still_png(png: bytes) -> bytes:
     """Keep only what a still picture needs: on other chunks, OpenCV crashes or takes gigabytes."""
-    kept, at = bytearray(png[:8]), 8
+    kept, at = bytearray(png[:8]), 8  # the signature
     while at < len(png):
         end = at + 12 + int.from_bytes(png[at : at + 4])  # length, type, data, checksum
         if png[at + 4 : at + 8] in PNG_CHUNKS and end <= len(png):
@@ -174,7 +173,7 @@ def still_png(png: bytes) -> bytes:
 
 def draw(pixels: Pixels, faces: list[Face]) -> None:
     """Draw a box around each face: green with a black edge, to stand out on any photo."""
-    line = max(2, max(pixels.shape) // 250)  # px, so that it looks as wide on a large photo
+    line = max(2, max(pixels.shape) // 250)  # px; on a large photo more, to look the same
     for *box, _ in faces:
         cv2.rectangle(pixels, box, (0, 0, 0), 2 * line)
         cv2.rectangle(pixels, box, (0, 255, 0), line)
@@ -206,13 +205,13 @@ class HaarDetector(threading.local):
         size = [math.ceil(side / shrink) for side in (width, height)]
         gray = cv2.cvtColor(cv2.resize(pixels, size), cv2.COLOR_BGR2GRAY)
 
-        # Scan in coarse steps; OpenCV's threads find the windows in any order. Those with edges
-        # within 0.4 of a side make a group; a group of one would be dropped, hence * 2.
+        # Scan in coarse steps, and group the windows whose edges are within 0.4 of a side. OpenCV's
+        # threads find them in any order, hence sorted(); it drops groups of one, hence * 2.
         windows = sorted(map(tuple, self.cascade.detectMultiScale(gray, 1.4, 0)))
         boxes, _ = cv2.groupRectangles(windows[:HAAR_WINDOWS] * 2, 1, 0.4)
 
-        # Look closely and in fine steps at each group, and at its mirror image: a face is one there
-        # too, while a chance likeness often is not. The view is larger than the box by 1.4.
+        # Look in fine steps at each group and at its mirror image: a face is one there too, while a
+        # chance likeness often is not. All views are 1.4 boxes wide, scaled to 45 px.
         faces = []
         for x, y, side, _ in boxes:
             middle, around = (x + side / 2, y + side / 2), side * 7 // 5
@@ -251,14 +250,14 @@ class YuNetDetector(threading.local):
 
 
 def load_detector(model: str = "", min_score: float = 0) -> Detector:
-    """Return the detector in a YuNet network (.onnx) or a cascade. Raises OSError or ValueError."""
+    """Load a YuNet network (.onnx) or a cascade, else OpenCV's. Raises OSError or ValueError."""
     if model.endswith(".onnx"):
         return YuNetDetector(model, min_score)
-    return HaarDetector(Path(model or Path(cv2.__file__).with_name("data") / CASCADE), min_score)
+    return HaarDetector(Path(model or CASCADE), min_score)
 
 
 # --- The state ---
-ERRORS = {  # of a photo, and what HTTP calls them
+ERRORS = {  # what can go wrong with a photo, and how HTTP says it
     UnsupportedPhoto: web.HTTPUnsupportedMediaType,
     BadPhoto: web.HTTPUnprocessableEntity,
     cv2.error: web.HTTPServiceUnavailable,  # out of memory
@@ -278,14 +277,14 @@ class Image(NamedTuple):
 
 
 class State:
-    """What the server holds. The methods for images are async for a store such as Redis."""
+    """What the server holds. put() and get() are async, as cluster/cluster.py asks Redis there."""
 
     def __init__(self, config: Config, detector: Detector) -> None:
         self.config, self.detector = config, detector
         self.pool = ThreadPoolExecutor(config.threads)
-        self.uploaded = 0  # bytes of the bodies that arrive
+        self.uploaded = 0  # bytes of the uploads under way
         self.jobs: dict[str, asyncio.Task[Any]] = {}  # photos under way, by id
-        self.errors = OrderedDict[str, Exception]()  # what was wrong with others
+        self.errors = OrderedDict[str, Exception]()  # of photos that failed, the oldest first
         self.images = OrderedDict[str, Image]()  # the least recently used first
         self.size = 0  # bytes of all images
         self.watchers: dict[web.WebSocketResponse, tuple[str, bool]] = {}  # URL prefix, wants JSON
@@ -310,7 +309,7 @@ class State:
             del self.jobs[id]
 
     async def annotate_in_pool(self, photo: bytes, drawn: bool = True) -> tuple[bytes, Meta]:
-        """Call annotate() in a thread. Its JSON gets the time, with the wait for the thread."""
+        """Call annotate() in a thread, and add took_ms, which includes the wait for a thread."""
         start, loop = time.monotonic(), asyncio.get_running_loop()
         jpeg, meta = await loop.run_in_executor(self.pool, annotate, photo, self.detector, drawn)
         return jpeg, meta | {"took_ms": round((time.monotonic() - start) * 1000)}
@@ -326,7 +325,7 @@ class State:
 
     async def announce(self, image: Image) -> None:
         """Send the URL of an image to every watcher, and wait for none of them."""
-        for ws, (prefix, as_json) in list(self.watchers.items()):
+        for ws, (prefix, as_json) in list(self.watchers.items()):  # some may leave meanwhile
             meta = image.to_json(prefix)
             with suppress(ConnectionError):  # it has left
                 await ws.send_str(json.dumps(meta) if as_json else meta["url"])
@@ -357,7 +356,7 @@ STATE = web.AppKey("STATE", State)
 
 # --- The handlers, in the order in which a user meets them ---
 async def get_page(request: web.Request) -> web.StreamResponse:
-    """GET /, /docs and /openapi.json: a file of static/. For curl, / tells what to try."""
+    """GET /, /docs, /openapi.json: the file that the route names. For curl, / tells what to try."""
     page = STATIC / str(request.match_info.route.name)
     for_curl = page.name == "index.html" and "text/html" not in request.headers.get("Accept", "")
     if page.exists() and not for_curl:
@@ -371,8 +370,8 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
     ws = web.WebSocketResponse(
         timeout=1,  # second for its goodbye
         heartbeat=25,  # seconds; proxies drop a connection that is silent for 30 to 60
-        autoping=False,  # the loop below answers pings
-        max_msg_size=1025,  # bytes; nobody reads what a watcher says
+        autoping=False,  # the loop below answers pings, and slows a flood of them
+        max_msg_size=1025,  # bytes: 1 KiB may come, though nobody reads it
         compress=False,  # it would take 256 KiB a watcher
         writer_limit=sys.maxsize,  # send_str() never waits
     )
@@ -399,7 +398,6 @@ async def post_image(request: web.Request) -> web.Response:
     state, id, prefix = request.app[STATE], str(uuid.uuid4()), url_of(request)
     name, photo = await read_photo(request)
     job = await state.start(id, state.annotate_and_announce(id, name, photo))
-
     headers = {"Location": prefix + id}
     preferences = request.headers.get("Prefer", "").lower()  # RFC 7240
     if "respond-async" in re.split("[ ,;]+", preferences):
@@ -464,10 +462,7 @@ def url_of(request: web.Request) -> str:
 
 
 async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
-    """Return filename and content of the photo, which is the body or the file in its form.
-
-    Raises an HTTPException if that breaks a limit of size, time, memory or number.
-    """
+    """Return filename and content of the photo in a body or its form. Raises an HTTPException."""
     state, body = request.app[STATE], bytearray()
     config, limit = state.config, state.config.max_mb * 2**20
     try:
@@ -487,6 +482,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     finally:
         state.uploaded -= len(body)
 
+    # Not before the upload, as others may have come meanwhile.
     if len(state.jobs) >= config.threads * (1 + config.queue):
         raise web.HTTPServiceUnavailable(text="Too many photos wait (--queue).")
     if request.content_type == "multipart/form-data":
@@ -498,15 +494,13 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
 
 
 def file_in_form(form: bytes) -> tuple[str, bytes]:
-    """Return name and content of the file in a form (RFC 7578). Raises HTTPBadRequest.
-
-    aiohttp's reader would hold up everybody for seconds on a preamble of short lines.
-    """
+    """Return name and content of the file in a form (RFC 7578). Raises HTTPBadRequest."""
+    # aiohttp's reader would hold up everybody for seconds on a preamble of short lines.
     form = b"\r\n" + form.lstrip()
     delimiter = b"\r\n" + form.split(b"\r\n", 2)[1]  # its first line
     parts, end, _ = form.partition(delimiter + b"--")
     files = []
-    for part in parts.split(delimiter, 1000):
+    for part in parts.split(delimiter, 1000):  # millions would take seconds
         headers, _, content = part.partition(b"\r\n\r\n")
         name = re.search(rb'filename\*?="?([^";\r]*)', headers, re.IGNORECASE)
         if name and content:
@@ -555,7 +549,7 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
 
 
 def check_site(request: web.Request) -> None:
-    """Refuse pages of other sites: the browser that shows them may reach this machine."""
+    """Refuse pages of other sites: the browser that shows one can reach what its site cannot."""
     config, host = request.app[STATE].config, request.host
     public = urlsplit(config.public_url).netloc
 
@@ -565,7 +559,7 @@ def check_site(request: web.Request) -> None:
         raise web.HTTPForbidden(text=f"{host} is not this machine (--host, --public-url).")
 
     origin = request.headers.get("Origin", f"//{host}")
-    own = origin.partition("//")[2] in {host, public} - {""}
+    own = origin.partition("//")[2] in {host, public} - {""}  # "null" has no host
     allowed = {site.rstrip("/") for site in config.allow_origin}
     if not own and allowed.isdisjoint({origin, "*"}):
         raise web.HTTPForbidden(text=f"Pages of {origin} may not use this (--allow-origin).")
@@ -577,7 +571,6 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
     app = web.Application(middlewares=[explain_errors])
     app[STATE] = State(config, detector or load_detector(config.model, config.min_score))
     app.on_shutdown.append(finish)
-
     routes = [
         web.get("/", get_page, name="index.html"),
         web.get("/docs", get_page, name="docs.html"),
@@ -601,13 +594,13 @@ async def finish(app: web.Application) -> None:
     """Finish the photos under way, then say goodbye to the watchers."""
     state = app[STATE]
     if state.jobs:
-        await asyncio.wait(state.jobs.values(), timeout=4)  # Docker kills after 10 s
+        await asyncio.wait(state.jobs.values(), timeout=4)  # s; Docker kills after 10
     closing = [ws.close(code=WSCloseCode.GOING_AWAY, drain=False) for ws in state.watchers]
     await asyncio.gather(*closing)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the command line, with an option for each field of Config."""
+    """Return the parser of the command line, with an option for each field of Config."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for name, help in re.findall(r"(\w+): .+  # (.+)", inspect.getsource(Config)):
         option, default = "--" + name.replace("_", "-"), getattr(Config, name)
@@ -622,12 +615,12 @@ def serve(app: web.Application) -> None:
     """Listen, say where, and serve until SIGINT or SIGTERM. Raises OSError or OverflowError."""
     config = app[STATE].config
     host = config.host
-    sock = socket.create_server((host or "?", config.port))  # "" would be any address
+    sock = socket.create_server((host or "?", config.port))  # "" would be any address, "?" is none
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # ms, after which Linux drops those who do not read
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * config.upload_timeout)
     if host == "0.0.0.0":
         with socket.socket(type=socket.SOCK_DGRAM) as probe, suppress(OSError):
-            probe.connect(("192.0.2.1", 9))  # sends nothing, but has an address in the network
+            probe.connect(("192.0.2.1", 9))  # sends nothing, but gets an address of this machine
             host = probe.getsockname()[0]
 
     address = f"{host}:{sock.getsockname()[1]}"
@@ -639,10 +632,10 @@ def serve(app: web.Application) -> None:
     web.run_app(
         app,
         sock=sock,
-        print=lambda _: print(banner, flush=True),  # SIGTERM is handled from now on
+        print=lambda _: print(banner, flush=True),  # from now on, SIGTERM is handled
         access_log=None,
-        auto_decompress=False,
-        handler_cancellation=True,
+        auto_decompress=False,  # a small body could become a huge one
+        handler_cancellation=True,  # when a client leaves
         keepalive_timeout=config.upload_timeout,
         shutdown_timeout=1,
     )
@@ -650,11 +643,10 @@ def serve(app: web.Application) -> None:
 
 
 def main() -> None:
-    """Run the server with the options of the command line."""
     config = Config(**vars(make_parser().parse_args()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # If open files run out, asyncio would say so a hundred times a second.
-    logging.getLogger("asyncio").addFilter(lambda log: "accept" not in log.msg)
+    logging.getLogger("asyncio").addFilter(lambda record: "accept" not in record.msg)
     try:
         serve(create_app(config))
     except (AttributeError, OSError, OverflowError, ValueError) as error:  # OpenCV 5, port, model
