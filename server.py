@@ -74,6 +74,7 @@ MAX_ERRORS = 1000  # photos whose error is kept, so that a GET can tell it
 
 log = logging.getLogger("faces")
 Pixels = np.ndarray  # BGR, (height, width, 3), uint8
+Detector = Callable[[Pixels], list["Face"]]
 Meta = dict[str, Any]  # what is known of a photo, as JSON
 
 
@@ -115,15 +116,11 @@ class Face(NamedTuple):
     score: float
 
 
-Detector = Callable[[Pixels], list[Face]]
-
-
 def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[bytes, Meta]:
-    """Find the faces in a photo, and draw a box around each.
+    """Find the faces in a photo, and draw a box around each. Many threads may do so at once.
 
-    Returns the JPEG, upright and without metadata (empty unless drawn), and a dict with its width,
-    height and faces. Many threads may call this at once. Raises UnsupportedPhoto, BadPhoto, or
-    cv2.error if memory runs out.
+    Returns the JPEG, upright and without metadata (empty unless drawn), and its size and faces.
+    Raises UnsupportedPhoto, BadPhoto, or cv2.error if memory runs out.
     """
     pixels = decode(photo)
     height, width, _ = pixels.shape
