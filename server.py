@@ -195,7 +195,7 @@ class HaarDetector(threading.local):
             raise ValueError(f"{file} is not a cascade")
 
     def __call__(self, pixels: Pixels) -> list[Face]:
-        # Shrink the photo until the smallest face that is searched fills the cascade's window.
+        # Shrink the photo until its smallest windows are as large as those of the cascade.
         height, width, _ = pixels.shape
         smallest = max(HAAR_SMALLEST, max(height, width) / HAAR_PART)
         shrink = smallest / self.cascade.getOriginalWindowSize()[0]
@@ -207,8 +207,8 @@ class HaarDetector(threading.local):
         windows = sorted(map(tuple, self.cascade.detectMultiScale(gray, 1.4, 0)))
         boxes, _ = cv2.groupRectangles(windows[:HAAR_WINDOWS] * 2, 1, 0.4)
 
-        # Look in fine steps at each group and at its mirror image: a face is one there too, while a
-        # chance likeness often is not. All views are 1.4 boxes wide, scaled to 45 px.
+        # Look in fine steps at the box of each group and at its mirror image: a face is one there
+        # too, while a chance likeness often is not. All views are 1.4 boxes wide, scaled to 45 px.
         faces = []
         for x, y, side, _ in boxes:
             middle, around = (x + side / 2, y + side / 2), side * 7 // 5
@@ -240,7 +240,7 @@ class YuNetDetector(threading.local):
 
         faces = []
         for row in [] if rows is None else rows:  # x, y, width, height, five landmarks, score
-            corners = np.divide([row[:2], row[:2] + row[2:4]], size).clip(0, 1)
+            corners = np.divide([row[:2], row[:2] + row[2:4]], size).clip(0, 1)  # as parts of 1
             (x, y), (right, bottom) = np.rint(corners * (width, height)).astype(int).tolist()
             faces.append(Face(x, y, right - x, bottom - y, round(float(row[14]), 3)))
         return faces
@@ -283,7 +283,7 @@ class State:
         self.jobs: dict[str, asyncio.Task[Any]] = {}  # photos under way, by id
         self.errors = OrderedDict[str, Exception]()  # of photos that failed, the oldest first
         self.images = OrderedDict[str, Image]()  # the least recently used first
-        self.size = 0  # bytes of all images
+        self.size = 0  # bytes of their JPEGs
         self.watchers: dict[web.WebSocketResponse, tuple[str, bool]] = {}  # URL prefix, wants JSON
 
     async def start(self, id: str | None, work: Awaitable[Any]) -> asyncio.Task[Any]:
@@ -492,7 +492,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
 
 def file_in_form(form: bytes) -> tuple[str, bytes]:
     """Return name and content of the file in a form (RFC 7578). Raises HTTPBadRequest."""
-    # aiohttp's reader would hold up everybody for seconds on a preamble of short lines.
+    # By hand: a preamble of short lines keeps aiohttp's reader, and so everybody, busy for seconds.
     form = b"\r\n" + form.lstrip()
     delimiter = b"\r\n" + form.split(b"\r\n", 2)[1]  # its first line
     parts, end, _ = form.partition(delimiter + b"--")
