@@ -68,7 +68,6 @@ YUNET_SIDE = 416  # px, the longer side that the network sees, in 0.4 of the tim
 YUNET_SHORTEST = 64  # px; with a shorter side the network finds boxes of infinite size
 YUNET_SCORE = 0.7  # of 1, that a face needs
 
-PIECE = 2**16  # bytes of an image to send at a time
 UPLOAD_MEMORY = 8  # times --max-mb: what all uploads under way may hold
 MAX_ERRORS = 1000  # photos whose error is kept, so that a GET can tell it
 
@@ -410,10 +409,10 @@ async def get_image(request: web.Request) -> web.Response:
     if request.path.endswith("/meta"):
         return reply(image.to_json(url_of(request)))
 
-    # In pieces, since aiohttp would copy the whole image for a client that does not read.
+    # 64 KiB at a time, since aiohttp would copy the whole image for a client that does not read.
     async def pieces() -> AsyncIterator[bytes]:
-        for at in range(0, len(image.jpeg), PIECE):
-            yield image.jpeg[at : at + PIECE]
+        for at in range(0, len(image.jpeg), 2**16):
+            yield image.jpeg[at : at + 2**16]
 
     headers = {
         "Cache-Control": "private, max-age=31536000, immutable",
@@ -528,7 +527,7 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except web.HTTPError as error:
         status, detail = error.status, error.text
         if error is request.match_info.http_exception:
-            detail = f"There is no {request.method} {request.path}; GET / tells more."
+            detail = f"There is no {request.method} {request.path}; GET / tells what there is."
         if status == 503:
             error.headers["Retry-After"] = "1"
         log.info("%s %s %r: %d %s", request.remote, request.method, request.path, status, detail)

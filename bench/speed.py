@@ -50,7 +50,7 @@ REQUEST = (
 
 def encode(pixels: server.Pixels) -> bytes:
     """Return a JPEG, as the server makes it."""
-    quality = [cv2.IMWRITE_JPEG_QUALITY, server.JPEG_QUALITY]
+    quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
     return cv2.imencode(".jpg", pixels, quality)[1].tobytes()
 
 

@@ -707,7 +707,15 @@ async def test_which_names_are_its_own_depends_on_its_options(
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.test", "http://localhost:1", "null", "", "http://localhost@evil.test"]
+    "origin",
+    [
+        "http://evil.test",
+        "http://localhost:1",
+        "null",
+        "",
+        "http://localhost@evil.test",
+        "http://[x",
+    ],
 )
 async def test_a_page_of_another_site_may_nothing(server: Server, origin: str) -> None:
     line = f"Origin: {origin}"
