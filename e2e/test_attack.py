@@ -142,7 +142,7 @@ def chunked(body: bytes) -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
 
 
-TEXT, CLOSE, PING = 1, 8, 9
+TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
 
 
 def frame(opcode: int, payload: bytes) -> bytes:
@@ -316,6 +316,21 @@ async def test_a_photo_that_claims_too_many_pixels_is_refused_at_once(fresh: Ser
     assert memory(fresh, "VmHWM") - before < 32
 
 
+async def test_the_limit_of_pixels_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", "80")
+    with running() as server:
+        assert (await ask(server, post(PHOTO))).says(422, "Over 80 pixels")
+
+
+async def test_a_photo_for_which_memory_runs_out_is_refused_for_now(fresh: Server) -> None:
+    resource = pytest.importorskip("resource")
+    assert (await ask(fresh, post(PHOTO))).says(201)  # its thread has its memory
+    limit = int((memory(fresh, "VmSize") + 50) * MIB)
+    resource.prlimit(fresh.process.pid, resource.RLIMIT_AS, (limit, -1))
+    assert (await ask(fresh, post(photos.blank_png(7000, 7000)))).says(503, "memory")
+    assert (await ask(fresh, post(PHOTO))).says(201)
+
+
 async def test_a_jpeg_of_millions_of_segments_is_done_in_time(server: Server) -> None:
     start = time.monotonic()
     photo = b"\xff\xd8" + b"\xff\xfe\0\2" * 5_000_000 + ASTRONAUT[2:]
@@ -401,6 +416,14 @@ async def test_a_preference_counts_by_its_whole_name(
     assert (await ask(server, post(PHOTO, f"Prefer: {preference}"))).says(status)
 
 
+async def test_an_image_is_for_its_client_and_nothing_else_than_an_image(server: Server) -> None:
+    path = (await ask(server, post(PHOTO))).headers["Location"].partition("localhost")[2]
+    answer = await ask(server, get(path))
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert "private" in answer.headers["Cache-Control"]  # a proxy must not keep it
+    assert (await ask(server, get("/image"))).headers["Cache-Control"] == "no-cache"
+
+
 async def test_an_allowed_site_may_end_with_a_slash() -> None:
     with running("--allow-origin", "https://school.example/") as server:
         answer = await ask(server, get("/health", "Origin: https://school.example"))
@@ -413,6 +436,29 @@ async def test_what_is_around_a_form_is_ignored(server: Server) -> None:
     form = part + b"--b--\r\n"
     assert (await ask(server, post(form + part, FORM))).says(201)
     assert (await ask(server, post(b"\r\n" + form, FORM))).says(201)  # as C# programs send it
+
+
+NAMES = {
+    b'filename="a.png"': "a.png",
+    b"filename=a.png; name=b": "a.png",
+    b"filename=a.png\r\nContent-Type: image/png": "a.png",
+    b"FileName*=a.png": "a.png",
+    b'filename="\xff.png"': "\ufffd.png",
+    b'filename="' + b"a" * 300 + b'"': "a" * 255,
+}
+
+
+@pytest.mark.parametrize("written", NAMES)
+async def test_a_filename_is_read_however_it_is_written(server: Server, written: bytes) -> None:
+    part = b"--b\r\nContent-Disposition: form-data; " + written + b"\r\n\r\n" + PHOTO
+    answer = await ask(server, post(part + b"\r\n--b--\r\n", FORM))
+    assert json.loads(answer.body)["filename"] == NAMES[written]
+
+
+async def test_a_file_that_was_not_chosen_does_not_count(server: Server) -> None:
+    """A browser sends an empty part for each input of a form."""
+    form = START + b"\r\n\r\n" + START + b"\r\n" + PHOTO + b"\r\n--b--\r\n"
+    assert (await ask(server, post(form, FORM))).says(201)
 
 
 async def test_uploads_that_stall_keep_nobody_from_posting(server: Server) -> None:
@@ -489,15 +535,26 @@ async def test_photos_that_are_refused_never_drop_an_image(server: Server) -> No
 
 
 async def test_photos_that_are_refused_never_drop_one_that_is_under_way(server: Server) -> None:
-    """It remembers 1,000 of them."""
+    """It remembers 1,000 of them, and no more."""
+    bad = (await ask(server, post(b"a", "Prefer: respond-async"))).headers["Location"]
     slow = photos.png(9, 9, photos.zeros(1500 * MIB))  # libpng reads them for some seconds
     later = await ask(server, post(slow, "Prefer: respond-async"))
-    for _ in range(11):
+    for number in range(11):
         async with connect(server) as client:
             await client.send(post(b"a") * 100)
             for _ in range(100):
                 assert (await client.answer()).says(415)
+        if number == 8:
+            assert (await ask(server, get(bad.partition("localhost")[2]))).says(415)
+    assert (await ask(server, get(bad.partition("localhost")[2]))).says(404)
     assert (await ask(server, get(later.headers["Location"].partition("localhost")[2]))).says(200)
+
+
+async def test_the_bytes_of_an_image_that_was_dropped_do_not_count() -> None:
+    with running("--keep", "1") as server:
+        for photo in (ASTRONAUT, PHOTO):
+            path = (await ask(server, post(photo))).headers["Location"].partition("localhost")[2]
+        await until(server, images=1, bytes=len((await ask(server, get(path))).body))
 
 
 # --- Clients that do not read, or never stop writing ---
@@ -542,6 +599,24 @@ async def test_watchers_that_do_not_read_are_cut_off_and_hold_nobody_up(server: 
             assert await good.frame() == (TEXT, answer.headers["Location"].encode())
         assert memory(server, "VmRSS") - before < 10
         await until(server, clients=1)  # after --upload-timeout
+
+
+async def test_a_watcher_that_is_leaving_takes_nothing_from_the_others(server: Server) -> None:
+    """What it has not read keeps it from being gone."""
+    form = START.replace(b"a.jpg", "\U0001f600".encode() * 63) + b"\r\n" + PHOTO + b"\r\n--b--\r\n"
+    async with (
+        watch(server, "?format=json", receive_buffer=2048) as deaf,
+        connect(server) as client,
+    ):
+        for _ in range(20):
+            await client.send(post(form, FORM) * 200)
+            for _ in range(200):
+                assert (await client.answer()).says(201)
+        deaf.writer.write_eof()
+        async with watch(server) as good:
+            answer = await ask(server, post(PHOTO))
+            assert answer.says(201)
+            assert await good.frame() == (TEXT, answer.headers["Location"].encode())
 
 
 @contextlib.asynccontextmanager
@@ -590,12 +665,32 @@ async def test_a_watcher_that_pings_and_does_not_read_takes_no_memory(server: Se
         assert memory(server, "VmRSS") - before < 10
 
 
+async def test_a_ping_is_answered(server: Server) -> None:
+    async with watch(server) as client:
+        await client.send(frame(PING, b"Are you there?"))
+        assert await client.frame() == (PONG, b"Are you there?")
+
+
 async def test_a_long_message_of_a_watcher_ends_it(server: Server) -> None:
     async with watch(server) as good, watch(server) as bad:
-        await bad.send(b"\x81\xff" + struct.pack(">Q", 2**62) + bytes(4))
-        assert await bad.frame() == (CLOSE, struct.pack(">H", 1009)) or True
+        await bad.send(b"\x81\xfe" + struct.pack(">H", 1026) + bytes(4 + 1026))
+        assert await bad.frame() == (CLOSE, struct.pack(">H", 1009))
         answer = await ask(server, post(PHOTO))
         assert await good.frame() == (TEXT, answer.headers["Location"].encode())
+
+
+async def test_who_is_no_watcher_is_told_how_to_be_one(server: Server) -> None:
+    answer = await ask(server, get("/faces"))
+    assert answer.says(426, "wscat")
+    assert answer.headers["Upgrade"] == "websocket"  # RFC 9110, 15.5.22
+
+
+async def test_a_watcher_gets_no_compression(server: Server) -> None:
+    """It would take 256 KiB for each."""
+    async with connect(server) as client:
+        await client.send(upgrade("", "Sec-WebSocket-Extensions: permessage-deflate"))
+        status, headers = await client.head()
+        assert (status, headers["Sec-WebSocket-Extensions"]) == (101, None)
 
 
 async def test_there_are_no_more_watchers_than_allowed() -> None:
@@ -704,6 +799,13 @@ async def test_which_names_are_its_own_depends_on_its_options(
 ) -> None:
     with running(*options) as server:
         assert (await ask(server, get("/health", host="evil.test"))).says(status)
+
+
+async def test_the_page_behind_a_proxy_may_all() -> None:
+    """Some proxies send the server's own name as Host."""
+    with running("--public-url", "https://school.test/app") as server:
+        assert (await ask(server, get("/health", "Origin: https://school.test"))).says(200)
+        assert (await ask(server, get("/health", "Origin: https://evil.test"))).says(403)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """What the detectors find, and what they bear."""
 
+import base64
 import hashlib
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import photos
 import pytest
@@ -14,6 +17,10 @@ YUNET = ROOT / "models/face_detection_yunet_2023mar.onnx"
 ASTRONAUT, FACE = photos.pixels(), (178, 67, 92, 92)  # x, y, width, height
 DETECTORS = {"cascade": server.load_detector(), "YuNet": server.load_detector(str(YUNET))}
 CROWD = np.tile(ASTRONAUT[20:220, 120:320], (6, 6, 1))
+RELU = base64.b64decode(  # another network (ONNX's ModelProto) of one layer
+    "CAc6SwoMCgFhEgFiIgRSZWx1EgFnWhsKAWESFgoUCAESEAoCCAEKAggDCgIIQAoCCEBiGwoBYhIW"
+    "ChQIARIQCgIIAQoCCAMKAghACgIIQEICEAs="
+)
 NOISE = np.random.default_rng(1).integers(0, 256, (1500, 2000, 3), np.uint8)
 
 
@@ -58,13 +65,35 @@ def test_each_face_of_a_crowd_is_found(detector: server.Detector) -> None:
     assert len(detector(CROWD)) == 36
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (23, 23), (31, 33), (640, 20)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (31, 33), (20, 640), (640, 20)])
 def test_a_photo_of_any_shape_is_searched(detector: server.Detector, size: tuple[int, int]) -> None:
     """In a side of 32 px or less, OpenCV 4.14 has YuNet see boxes of infinite size."""
     for image in (NOISE.reshape(-1, 3)[: size[0] * size[1]].reshape(*size, 3), NOISE):
         for face in detector(image):
-            assert 0 <= face.x <= face.x + face.width <= image.shape[1]
-            assert 0 <= face.y <= face.y + face.height <= image.shape[0]
+            assert 0 <= face.x < face.x + face.width <= image.shape[1]
+            assert 0 <= face.y < face.y + face.height <= image.shape[0]
+
+
+@pytest.mark.parametrize("right, bottom", [(255, 190), (230, 512), (512, 119)])
+def test_the_box_of_a_face_at_the_edge_ends_there(
+    detector: server.Detector, right: int, bottom: int
+) -> None:
+    for face in detector(ASTRONAUT[40:bottom, 160:right]):
+        assert 0 <= face.x < face.x + face.width <= right - 160
+        assert 0 <= face.y < face.y + face.height <= bottom - 40
+
+
+def test_a_photo_that_passes_everywhere_is_searched_in_time() -> None:
+    """Grouping all its 17,000 windows would take seconds."""
+    windows = [(x, y, 20, 20) for x in range(0, 740, 4) for y in range(0, 740, 8)]
+    detector = server.load_detector()
+    detector.cascade = SimpleNamespace(
+        getOriginalWindowSize=lambda: (20, 20),
+        detectMultiScale=lambda image, *_: () if image.shape == (45, 45) else windows,
+    )
+    start = time.monotonic()
+    assert detector(np.zeros((1254, 1254, 3), np.uint8)) == []
+    assert time.monotonic() - start < 1
 
 
 def test_many_threads_find_what_one_finds(detector: server.Detector) -> None:
@@ -96,6 +125,7 @@ def test_a_higher_score_can_be_asked_for() -> None:
         "photo.xml": photos.ASTRONAUT,
         "junk.onnx": b"junk",
         "empty.onnx": b"",
+        "other.onnx": RELU,
     }.items(),
 )
 def test_a_file_that_is_no_model_is_an_error(tmp_path, name: str, content: bytes | None) -> None:

@@ -82,6 +82,19 @@ def test_a_photo_of_odd_size_is_read(size: tuple[int, int]) -> None:
     assert (meta["width"], meta["height"], meta["faces"]) == (*size, [])
 
 
-def test_a_side_that_is_too_long_for_a_jpeg_is_refused() -> None:
+def test_a_side_that_is_too_long_for_a_jpeg_is_refused_unless_none_is_drawn() -> None:
+    photo = photos.blank_png(65_501, 1)
     with pytest.raises(server.BadPhoto, match="65,500"):
-        server.annotate(photos.blank_png(65_501, 1), DETECTOR)
+        server.annotate(photo, DETECTOR)
+    assert server.annotate(photo, DETECTOR, drawn=False)[1]["width"] == 65_501
+
+
+@pytest.mark.parametrize("side, line", [(9, 2), (5000, 20)])
+def test_a_box_stands_out_on_any_photo(side: int, line: int) -> None:
+    """It is wide on a large photo, and has black edges, to be seen on a green one."""
+    photo = np.full((side, side, 3), (0, 255, 0), np.uint8)
+    server.draw(photo, [server.Face(side // 2, 0, side, side, 9)])
+    across = photo[side // 2, :, 1]
+    assert (across == 0).any()
+    black = np.flatnonzero(across == 0)
+    assert black[-1] - black[0] >= 1.5 * line
