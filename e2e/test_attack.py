@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -554,7 +555,8 @@ async def test_the_bytes_of_an_image_that_was_dropped_do_not_count() -> None:
     with running("--keep", "1") as server:
         for photo in (ASTRONAUT, PHOTO):
             path = (await ask(server, post(photo))).headers["Location"].partition("localhost")[2]
-        await until(server, images=1, bytes=len((await ask(server, get(path))).body))
+        size = len((await ask(server, get(path))).body)
+        assert {"images": 1, "bytes": size}.items() <= (await health(server)).items()
 
 
 # --- Clients that do not read, or never stop writing ---
@@ -669,6 +671,11 @@ async def test_a_ping_is_answered(server: Server) -> None:
     async with watch(server) as client:
         await client.send(frame(PING, b"Are you there?"))
         assert await client.frame() == (PONG, b"Are you there?")
+
+
+async def test_a_silent_watcher_is_pinged_before_a_proxy_gives_it_up(server: Server) -> None:
+    async with watch(server) as client, asyncio.timeout(30):
+        assert await client.frame() == (PING, b"")
 
 
 async def test_a_long_message_of_a_watcher_ends_it(server: Server) -> None:
@@ -834,3 +841,33 @@ def test_where_it_cannot_listen_it_says_so(options: list[str]) -> None:
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert re.search("--port|--host|port", done.stderr)
+
+
+async def test_the_log_has_the_time_and_one_line_for_a_photo_but_none_for_a_get() -> None:
+    with running() as server:
+        assert (await ask(server, post(PHOTO))).says(201)
+        assert (await ask(server, get("/image"))).says(200)
+        assert re.fullmatch(r"[\d-]+ [\d:,]+ None: 0 faces in \d+ ms\n", server.log.read_text())
+
+
+def test_with_an_opencv_that_has_no_cascades_it_says_what_to_install() -> None:
+    """OpenCV 5 has none."""
+    start = "import cv2, server; del cv2.CascadeClassifier; server.main()"
+    command = [sys.executable, "-c", start]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "requirements.txt" in done.stderr
+
+
+def test_without_a_network_it_starts_too() -> None:
+    command = ["unshare", "-rn", sys.executable, str(ROOT / "server.py"), "--host", "0.0.0.0"]
+    if not shutil.which("unshare") or subprocess.run([*command[:2], "true"]).returncode:
+        pytest.skip("needs unshare, and leave to use it")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        watchdog = threading.Timer(TIMEOUT, process.kill)
+        watchdog.start()
+        assert process.stdout
+        process.stdout.readline()
+        assert b"http://0.0.0.0:8282" in process.stdout.readline()
+        process.terminate()
+        watchdog.cancel()
