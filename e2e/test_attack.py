@@ -866,8 +866,10 @@ def test_without_a_network_it_starts_too() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         watchdog = threading.Timer(TIMEOUT, process.kill)
         watchdog.start()
-        assert process.stdout
-        process.stdout.readline()
-        assert b"http://0.0.0.0:8282" in process.stdout.readline()
-        process.terminate()
-        watchdog.cancel()
+        try:
+            assert process.stdout
+            process.stdout.readline()
+            assert b"http://0.0.0.0:8282" in process.stdout.readline()
+        finally:
+            watchdog.cancel()
+            process.terminate()
