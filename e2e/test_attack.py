@@ -603,19 +603,24 @@ async def test_watchers_that_do_not_read_are_cut_off_and_hold_nobody_up(server: 
         await until(server, clients=1)  # after --upload-timeout
 
 
-async def test_a_watcher_that_is_leaving_takes_nothing_from_the_others(server: Server) -> None:
-    """What it has not read keeps it from being gone."""
-    form = START.replace(b"a.jpg", "\U0001f600".encode() * 63) + b"\r\n" + PHOTO + b"\r\n--b--\r\n"
-    async with (
-        watch(server, "?format=json", receive_buffer=2048) as deaf,
-        connect(server) as client,
-    ):
+@contextlib.asynccontextmanager
+async def stuffed(server: Server) -> AsyncIterator[Client]:
+    """A watcher who has not read 4 MB, which is more than the kernels take for it."""
+    name = "\U0001f600".encode() * 63  # in JSON, 756 bytes
+    form = START.replace(b"a.jpg", name) + b"\r\n" + PHOTO + b"\r\n--b--\r\n"
+    async with watch(server, "?format=json", 2048) as deaf, connect(server) as client:
         for _ in range(20):
             await client.send(post(form, FORM) * 200)
             for _ in range(200):
                 assert (await client.answer()).says(201)
-        deaf.writer.write_eof()
-        async with watch(server) as good:
+        yield deaf
+
+
+async def test_a_watcher_that_is_leaving_takes_nothing_from_the_others(server: Server) -> None:
+    """What it has not read keeps it from being gone."""
+    async with stuffed(server) as leaving, watch(server) as good:
+        leaving.writer.write_eof()
+        for _ in range(2):
             answer = await ask(server, post(PHOTO))
             assert answer.says(201)
             assert await good.frame() == (TEXT, answer.headers["Location"].encode())
@@ -752,6 +757,11 @@ PIPELINE = get("/health") * 300
 )
 async def test_a_flood_does_not_delay_the_stop(fresh: Server, data: bytes, watching: bool) -> None:
     async with flooding(fresh, data, watching):
+        assert await stop(fresh) < 8
+
+
+async def test_a_watcher_that_does_not_read_does_not_delay_the_stop(fresh: Server) -> None:
+    async with stuffed(fresh):
         assert await stop(fresh) < 8
 
 
