@@ -58,7 +58,7 @@ CASCADE = Path(cv2.__file__).with_name("data") / "haarcascade_frontalface_alt2.x
 MAX_PIXELS = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]  # in a photo
 SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is elsewhere only by chance
 MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 50 megapixels
-PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")  # of a still picture
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND")  # of a still picture
 
 HAAR_SMALLEST = 33  # px, the side of the smallest window; the face in it is smaller
 HAAR_PART = 38  # and at least 1/38 of the photo's longer side, so that a large photo costs no more
@@ -364,7 +364,6 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
     """GET /faces: a websocket that gets the URL of each new image, or its JSON (?format=json)."""
     state = request.app[STATE]
     ws = web.WebSocketResponse(
-        timeout=1,  # second for its goodbye
         heartbeat=25,  # seconds; proxies drop a connection that is silent for 30 to 60
         autoping=False,  # the loop below answers pings, and slows a flood of them
         max_msg_size=1025,  # bytes: 1 KiB may come, though nobody reads it
@@ -473,8 +472,6 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
                     raise web.HTTPServiceUnavailable(text="Too many uploads (--max-mb).")
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="The upload took too long (--upload-timeout).") from None
-    except web.RequestPayloadError as error:
-        raise web.HTTPBadRequest(text=f"The body is malformed: {error}") from None
     finally:
         state.uploaded -= len(body)
 
@@ -527,7 +524,7 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except web.HTTPError as error:
         status, detail = error.status, error.text
         if error is request.match_info.http_exception:
-            detail = f"There is no {request.method} {request.path}; GET / tells what there is."
+            detail = f"There is no {request.method} {request.raw_path}; GET / tells what there is."
         if status == 503:
             error.headers["Retry-After"] = "1"
         log.info("%s %s %r: %d %s", request.remote, request.method, request.path, status, detail)
@@ -546,19 +543,19 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
 
 def check_site(request: web.Request) -> None:
     """Refuse pages of other sites: the browser that shows one can reach what its site cannot."""
-    config, host = request.app[STATE].config, request.host
-    public = urlsplit(config.public_url).netloc
+    config, host = request.app[STATE].config, request.headers.get("Host", "")
+    public = urlsplit(config.public_url).netloc or "?"  # which no host is
 
     # Anybody can make a name with a dot resolve to this machine (DNS rebinding).
-    safe = re.fullmatch(r"([\w-]+|[\d.]+|\[[\w:.]+\])(:\d+)?", host)
-    if config.host in ("127.0.0.1", "localhost") and not safe and host != public:
-        raise web.HTTPForbidden(text=f"{host} is not this machine (--host, --public-url).")
+    names = r"[\w-]+|[\d.]+" if config.host in ("127.0.0.1", "localhost") else r"[\w.-]+"
+    if host != public and not re.fullmatch(rf"({names}|\[[\w:.]+\])(:\d+)?", host):
+        raise web.HTTPForbidden(text=f"{host!r} is not this machine (--host, --public-url).")
 
     origin = request.headers.get("Origin", f"//{host}")
-    own = origin.partition("//")[2] in {host, public} - {""}  # "null" has no host
+    own = origin.partition("//")[2] in (host, public)
     allowed = {site.rstrip("/") for site in config.allow_origin}
     if not own and allowed.isdisjoint({origin, "*"}):
-        raise web.HTTPForbidden(text=f"Pages of {origin} may not use this (--allow-origin).")
+        raise web.HTTPForbidden(text=f"Pages of {origin!r} may not use this (--allow-origin).")
 
 
 # --- The application ---

@@ -95,14 +95,14 @@ def serve_by_broadcast() -> None:
         finally:
             clients.remove(client)
 
-    async def announce(app: web.Application, image: server.Image) -> None:
+    async def announce(state: server.State, image: server.Image) -> None:
         websockets.broadcast(clients, f"http://bench/image/{image.meta['id']}")
 
     async def serve_watchers(app: web.Application) -> AsyncIterator[None]:
         async with websockets.serve(handler, sock=listener, compression=None, ping_interval=None):
             yield
 
-    server.announce = announce
+    server.State.announce = announce
     app = server.create_app(server.Config(port=0))
     app.cleanup_ctx.append(serve_watchers)
     print(f"watch ws://127.0.0.1:{listener.getsockname()[1]}/faces", flush=True)
@@ -123,7 +123,7 @@ def start(*command: str) -> tuple[subprocess.Popen[str], int, int]:
     for line in process.stdout:
         if found := re.match(r" *(watch|post) .*?:(\d+)/", line):
             ports.setdefault(found[1], int(found[2]))
-        if "check" in line:
+        if "post" in line:
             break
     return process, ports["watch"], ports["post"]
 

@@ -788,6 +788,10 @@ HOSTS = {
     "127.0.0.1.evil.test": 403,
     "localhost.evil.test": 403,
     "localhost.": 403,
+    "a\udcff": 403,
+    "[": 403,
+    "a\u2100": 403,
+    "": 403,
     "evil\u3002test": 403,
     "a b": 403,
     "user@localhost": 403,
@@ -826,6 +830,23 @@ async def test_the_page_behind_a_proxy_may_all() -> None:
         assert (await ask(server, get("/health", "Origin: https://evil.test"))).says(403)
 
 
+async def test_a_name_that_is_none_reaches_no_watcher() -> None:
+    """It would stand in the URLs, and nobody would get them."""
+    with running("--host", "0.0.0.0") as server:
+        async with watch(server) as good, connect(server) as bad:
+            await bad.send(upgrade().replace(b"localhost", b"a\xff"))
+            assert (await bad.answer()).says(403)
+            assert (await ask(server, post(PHOTO))).says(201)
+            assert (await good.frame())[0] == TEXT
+
+
+async def test_a_path_forges_no_line_of_the_log(server: Server) -> None:
+    before = server.log.stat().st_size
+    assert (await ask(server, get("/a%0a2025-01-01%20b%1b[31m"))).says(404, "/a%0a2025")
+    assert "\x1b" not in (text := server.log.read_text()[before:])
+    assert text.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "origin",
     [
@@ -835,6 +856,7 @@ async def test_the_page_behind_a_proxy_may_all() -> None:
         "",
         "http://localhost@evil.test",
         "http://[x",
+        "http://\udcff",
     ],
 )
 async def test_a_page_of_another_site_may_nothing(server: Server, origin: str) -> None:
