@@ -145,7 +145,7 @@ def start_server(model: str) -> tuple[subprocess.Popen[str], int]:
         env=os.environ | MEMORY,
     )
     assert process.stdout is not None
-    line = next(line for line in process.stdout if "check" in line)
+    line = next(line for line in process.stdout if "open" in line)
     return process, int(line.rpartition(":")[2].partition("/")[0])
 
 
