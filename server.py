@@ -273,7 +273,7 @@ class Image(NamedTuple):
 
 
 class State:
-    """What the server holds. put() and get() are async, as cluster/cluster.py asks Redis there."""
+    """What the server holds. put() and get() are async, for a subclass that asks Redis there."""
 
     def __init__(self, config: Config, detector: Detector) -> None:
         self.config, self.detector = config, detector
@@ -424,8 +424,8 @@ async def get_image(request: web.Request) -> web.Response:
 
 async def get_images(request: web.Request) -> web.Response:
     """GET /image: the JSON of every image, the newest first."""
-    images = await request.app[STATE].newest_first()
-    return reply([image.to_json(url_of(request)) for image in images])
+    images, prefix = await request.app[STATE].newest_first(), url_of(request)
+    return reply([image.to_json(prefix) for image in images])
 
 
 async def post_detect(request: web.Request) -> web.Response:
@@ -535,7 +535,7 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
         del error.headers["Content-Type"]
         response = reply(problem, status=status, headers=error.headers, content_type=kind)
 
-    for name in ("Origin", "Methods", "Headers"):  # check_site() has let the page in
+    for name in ("Origin", "Methods", "Headers"):  # a page that was refused reads only that
         response.headers[f"Access-Control-Allow-{name}"] = "*"
     response.headers.setdefault("Cache-Control", "no-cache")  # else browsers keep old pages
     return response
