@@ -7,7 +7,6 @@ import gzip
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -888,16 +887,24 @@ def test_with_an_opencv_that_has_no_cascades_it_says_what_to_install() -> None:
 
 
 def test_without_a_network_it_starts_too() -> None:
-    command = ["unshare", "-rn", sys.executable, str(ROOT / "server.py"), "--host", "0.0.0.0"]
-    if not shutil.which("unshare") or subprocess.run([*command[:2], "true"]).returncode:
-        pytest.skip("needs unshare, and leave to use it")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    """As in a machine that has no route to anywhere."""
+    start = """
+import socket, server
+
+def connect(*_):
+    raise OSError("Network is unreachable")
+
+socket.socket.connect = connect
+server.main()
+"""
+    command = [sys.executable, "-c", start, "--host", "0.0.0.0", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         watchdog = threading.Timer(TIMEOUT, process.kill)
         watchdog.start()
         try:
             assert process.stdout
             process.stdout.readline()
-            assert b"http://0.0.0.0:8282" in process.stdout.readline()
+            assert b"http://0.0.0.0:" in process.stdout.readline()
         finally:
             watchdog.cancel()
             process.terminate()
