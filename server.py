@@ -638,8 +638,9 @@ def serve(app: web.Application) -> None:
 def main() -> None:
     config = Config(**vars(make_parser().parse_args()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    # If open files run out, asyncio would say so a hundred times a second.
-    logging.getLogger("asyncio").addFilter(lambda record: "accept" not in record.msg)
+    # If open files run out, asyncio would say so a hundred times a second, and again at the stop.
+    noise = re.compile("accept|_start_serving")
+    logging.getLogger("asyncio").addFilter(lambda record: not noise.search(record.msg))
     try:
         serve(create_app(config))
     except (AttributeError, OSError, OverflowError, ValueError) as error:  # OpenCV 5, port, model
