@@ -5,7 +5,7 @@
 # ///
 """A face detection server: post a photo, get it back with a box around each face.
 
-Start it, watch it in a second terminal, and post a photo in a third:
+Start it, watch it in a second terminal, and post a photo in a third. The watcher gets its URL:
 
     $ python server.py
     $ wscat -c ws://127.0.0.1:8282/faces
@@ -19,8 +19,6 @@ Start it, watch it in a second terminal, and post a photo in a third:
       "faces": [{"x": 172, "y": 63, "width": 102, "height": 102, "score": 42}],
       "took_ms": 24
     }
-
-The watcher sees the URL at once, and the URL opens as the photo with a box around the face.
 """
 
 import argparse
@@ -28,7 +26,6 @@ import asyncio
 import inspect
 import json
 import logging
-import math
 import os
 import re
 import socket
@@ -37,13 +34,12 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")  # OpenCV reads it on import
 
@@ -55,6 +51,7 @@ from aiohttp.typedefs import Handler
 STATIC = Path(__file__).parent / "static"  # the web page; the server also runs without it
 CASCADE = Path(cv2.__file__).with_name("data") / "haarcascade_frontalface_alt2.xml"
 
+FORMATS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # how a photo may begin; OpenCV reads others
 MAX_PIXELS = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]  # in a photo
 SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is elsewhere only by chance
 MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 50 megapixels
@@ -63,7 +60,7 @@ PNG_CHUNKS = (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND")  # of a still picture
 HAAR_SMALLEST = 33  # px, the side of the smallest window; the face in it is smaller
 HAAR_PART = 38  # and at least 1/38 of the photo's longer side, so that a large photo costs no more
 HAAR_WINDOWS = 1000  # of a scan are grouped, which is quadratic; only textures have more
-HAAR_SCORE = 9  # windows that a face needs; one more or less changes little
+HAAR_SCORE = 9  # windows that a face needs in its close views; one more or less changes little
 YUNET_SIDE = 416  # px, the longer side that the network sees, in 0.4 of the time of 640 px
 YUNET_SHORTEST = 64  # px; with a shorter side the network finds boxes of infinite size
 YUNET_SCORE = 0.7  # of 1, that a face needs
@@ -72,6 +69,7 @@ UPLOAD_MEMORY = 8  # times --max-mb: what all uploads under way may hold
 MAX_ERRORS = 1000  # photos whose error is kept, so that a GET can tell it
 
 log = logging.getLogger("faces")
+SERVER: web.AppKey["Server"] = web.AppKey("SERVER")
 Pixels = np.ndarray  # BGR, (height, width, 3), uint8
 Detector = Callable[[Pixels], list["Face"]]
 Meta = dict[str, Any]  # what is known of a photo, as JSON
@@ -97,12 +95,12 @@ class Config:
 
 
 # --- The photo: bytes in, bytes out, no HTTP ---
-class UnsupportedPhoto(Exception):
-    """The format is not supported; the text says what to do."""
-
-
 class BadPhoto(Exception):
     """The photo cannot be used; the text says why."""
+
+
+class WrongFormat(BadPhoto):
+    """It is not in a format that is read here."""
 
 
 class Face(NamedTuple):
@@ -118,8 +116,7 @@ class Face(NamedTuple):
 def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[bytes, Meta]:
     """Find the faces in a photo, and draw a box around each. Many threads may do so at once.
 
-    Returns the JPEG, upright and without metadata (empty unless drawn), and its size and faces.
-    Raises UnsupportedPhoto, BadPhoto, or cv2.error if memory runs out.
+    Returns the upright JPEG, or b"", and its Meta. Raises BadPhoto, or cv2.error (out of memory).
     """
     pixels = decode(photo)
     height, width, _ = pixels.shape
@@ -136,10 +133,9 @@ def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[byte
 
 
 def decode(photo: bytes) -> Pixels:
-    """Decode a JPEG, PNG, WebP or GIF, and turn it upright. Raises as annotate()."""
-    # The first bytes tell the format. OpenCV reads many others, which nobody here asked for.
-    if not photo.startswith((b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF")):
-        raise UnsupportedPhoto("This is not a JPEG, PNG, WebP or GIF (iPhone: Most Compatible).")
+    """Decode a photo, and turn it upright. Raises as annotate()."""
+    if not photo.startswith(FORMATS):
+        raise WrongFormat("This is not a JPEG, PNG, WebP or GIF (iPhone: Most Compatible).")
     if photo.startswith(b"\x89PNG"):
         photo = still_png(photo)
     if photo.count(SCAN) > MAX_SCANS:
@@ -176,12 +172,8 @@ def draw(pixels: Pixels, faces: list[Face]) -> None:
 
 
 # --- The detectors ---
-class HaarDetector(threading.local):
-    """Find frontal faces with a Haar cascade (Viola and Jones, 2001). Raises ValueError.
-
-    A score counts the windows that pass in a close view of a face and in its mirror image.
-    A cascade is not thread-safe: by threading.local, __init__ runs in each thread.
-    """
+class HaarDetector(threading.local):  # no cascade is thread-safe, so __init__ runs in each thread
+    """Find frontal faces with a Haar cascade (Viola and Jones, 2001); a score counts windows."""
 
     def __init__(self, file: Path, min_score: float) -> None:
         self.min_score = min_score or HAAR_SCORE
@@ -198,7 +190,7 @@ class HaarDetector(threading.local):
         height, width, _ = pixels.shape
         smallest = max(HAAR_SMALLEST, max(height, width) / HAAR_PART)
         shrink = smallest / self.cascade.getOriginalWindowSize()[0]
-        size = [math.ceil(side / shrink) for side in (width, height)]
+        size = [int(np.ceil(side / shrink)) for side in (width, height)]
         gray = cv2.cvtColor(cv2.resize(pixels, size), cv2.COLOR_BGR2GRAY)
 
         # Scan in coarse steps, and group the windows whose edges are within 0.4 of a side. OpenCV's
@@ -252,17 +244,8 @@ def load_detector(model: str = "", min_score: float = 0) -> Detector:
     return HaarDetector(Path(model or CASCADE), min_score)
 
 
-# --- The state ---
-ERRORS = {  # what can go wrong with a photo, and how HTTP says it
-    UnsupportedPhoto: web.HTTPUnsupportedMediaType,
-    BadPhoto: web.HTTPUnprocessableEntity,
-    cv2.error: web.HTTPServiceUnavailable,  # out of memory
-}
-
-
-class Image(NamedTuple):
-    """An annotated photo."""
-
+# --- The server: what it holds, and how it answers ---
+class Image(NamedTuple):  # an annotated photo
     done: float  # when, in seconds since 1970
     jpeg: bytes
     meta: Meta  # its URL is empty, since each client knows the server by another one
@@ -272,8 +255,8 @@ class Image(NamedTuple):
         return self.meta | {"url": prefix + self.meta["id"]}
 
 
-class State:
-    """What the server holds. put() and get() are async, for a subclass that asks Redis there."""
+class Server:
+    """The images, the watchers and the handlers. Where a subclass may ask Redis, it is async."""
 
     def __init__(self, config: Config, detector: Detector) -> None:
         self.config, self.detector = config, detector
@@ -285,47 +268,7 @@ class State:
         self.size = 0  # bytes of their JPEGs
         self.watchers: dict[web.WebSocketResponse, tuple[str, bool]] = {}  # URL prefix, wants JSON
 
-    async def start(self, id: str | None, work: Awaitable[Any]) -> asyncio.Task[Any]:
-        """Start work on a photo; without an id, no GET can ask for it."""
-        id = id or str(uuid.uuid4())
-        self.jobs[id] = job = asyncio.create_task(self.run(id, work))
-        return job
-
-    async def run(self, id: str, work: Awaitable[Any]) -> Any:
-        """Return the result of the work. If it fails, return why, and keep that for a GET."""
-        try:
-            return await work
-        except tuple(ERRORS) as error:
-            # A copy, since the traceback of the original keeps the photo.
-            self.errors[id] = type(error)(*error.args)
-            if len(self.errors) > MAX_ERRORS:
-                self.errors.popitem(last=False)
-            return self.errors[id]
-        finally:
-            del self.jobs[id]
-
-    async def annotate_in_pool(self, photo: bytes, drawn: bool = True) -> tuple[bytes, Meta]:
-        """Call annotate() in a thread, and add took_ms, which includes the wait for a thread."""
-        start, loop = time.monotonic(), asyncio.get_running_loop()
-        jpeg, meta = await loop.run_in_executor(self.pool, annotate, photo, self.detector, drawn)
-        return jpeg, meta | {"took_ms": round((time.monotonic() - start) * 1000)}
-
-    async def annotate_and_announce(self, id: str, name: str | None, photo: bytes) -> Image:
-        """Annotate a photo, keep the image, and announce it."""
-        jpeg, meta = await self.annotate_in_pool(photo)
-        image = Image(time.time(), jpeg, {"id": id, "url": "", "filename": name, **meta})
-        await self.put(id, image)
-        await self.announce(image)
-        log.info("%r: %d faces in %d ms", name, len(meta["faces"]), meta["took_ms"])
-        return image
-
-    async def announce(self, image: Image) -> None:
-        """Send the URL of an image to every watcher, and wait for none of them."""
-        for ws, (prefix, as_json) in list(self.watchers.items()):  # some may leave meanwhile
-            meta = image.to_json(prefix)
-            with suppress(ConnectionError):  # it has left
-                await ws.send_str(json.dumps(meta) if as_json else meta["url"])
-
+    # --- The store ---
     async def put(self, id: str, image: Image) -> None:
         """Keep an image; drop the least recently used beyond the limits, but never this one."""
         self.images[id] = image
@@ -342,148 +285,237 @@ class State:
             self.images.move_to_end(id)
         return self.images.get(id) or self.errors.get(id)
 
-    async def newest_first(self) -> list[Image]:
-        """Return all images, by the time when they were done."""
-        return sorted(self.images.values(), key=lambda image: image.done, reverse=True)
+    # --- The photos under way, and the watchers ---
+    async def start(self, id: str, photo: bytes, name: str | None, keep: bool) -> None:
+        """Start to annotate a photo; from now on, get() waits for it."""
+        self.jobs[id] = asyncio.create_task(self.run(id, photo, name, keep))
+
+    async def run(self, id: str, photo: bytes, name: str | None, keep: bool) -> Any:
+        """Annotate a photo, keep and announce it. Returns its Image or Meta, or why it failed."""
+        start, loop = time.monotonic(), asyncio.get_running_loop()
+        try:
+            jpeg, meta = await loop.run_in_executor(self.pool, annotate, photo, self.detector, keep)
+            meta["took_ms"] = round((time.monotonic() - start) * 1000)  # with the wait for a thread
+            if not keep:
+                return meta
+            image = Image(time.time(), jpeg, {"id": id, "url": "", "filename": name, **meta})
+            await self.put(id, image)
+            await self.announce(image)
+            log.info("%r: %d faces in %d ms", name, len(meta["faces"]), meta["took_ms"])
+            return image
+        except (BadPhoto, cv2.error) as error:
+            # A copy, since the traceback of the original keeps the photo.
+            self.errors[id] = type(error)(*error.args)
+            if len(self.errors) > MAX_ERRORS:
+                self.errors.popitem(last=False)
+            return self.errors[id]
+        finally:
+            del self.jobs[id]
+
+    async def announce(self, image: Image) -> None:
+        """Send the URL of an image to every watcher, and wait for none of them."""
+        for ws, (prefix, as_json) in list(self.watchers.items()):  # some may leave meanwhile
+            meta = image.to_json(prefix)
+            with suppress(ConnectionError):  # it has left
+                await ws.send_str(json.dumps(meta) if as_json else meta["url"])
+
+    # --- The handlers ---
+    def set_up(self, app: web.Application) -> None:
+        """Have an application answer as this server does."""
+        app[SERVER] = self
+        app.middlewares.append(self.explain_errors)
+        app.on_shutdown.append(self.finish)
+        routes = [
+            web.get("/", self.get_page, name="index.html"),  # the file that the name tells
+            web.get("/docs", self.get_page, name="docs.html"),
+            web.get("/openapi.json", self.get_page, name="openapi.json"),
+            web.get("/faces", self.get_faces),  # websocket: the URL of each new image
+            web.post("/image", self.post_image),  # annotate a photo, keep it, and announce it
+            web.put("/image", self.post_image),  # the same, for curl -T
+            web.get("/image", self.get_images),  # the JSON of every image, the newest first
+            web.get("/image/{id}", self.get_image, name="image"),  # the JPEG, as soon as it is done
+            web.get("/image/{id}/meta", self.get_image),  # its JSON
+            web.post("/detect", self.post_detect),  # find the faces in a photo, and keep nothing
+            web.get("/health", self.get_health),  # what the server holds
+        ]
+        app.add_routes(routes)
+        if STATIC.is_dir():
+            app.router.add_static("/static", STATIC)
+
+    async def get_page(self, request: web.Request) -> web.StreamResponse:
+        page = STATIC / str(request.match_info.route.name)
+        wants_page = "text/html" in request.headers.get("Accept", "")
+        if page.exists() and (wants_page or page.name != "index.html"):
+            return web.FileResponse(page)
+        return web.Response(text=str(__doc__).replace("127.0.0.1:8282", request.host))  # for curl
+
+    async def get_faces(self, request: web.Request) -> web.WebSocketResponse:
+        ws = web.WebSocketResponse(
+            heartbeat=25,  # seconds; proxies drop a connection that is silent for 30 to 60
+            autoping=False,  # the loop below answers pings, and slows a flood of them
+            max_msg_size=1025,  # bytes: 1 KiB may come, though nobody reads it
+            compress=False,  # it would take 256 KiB a watcher
+            writer_limit=sys.maxsize,  # send_str() never waits
+        )
+        if not ws.can_prepare(request):
+            text = f"This is a websocket: wscat -c ws://{request.host}{request.path}"
+            raise web.HTTPUpgradeRequired(text=text, headers={"Upgrade": "websocket"})
+        if len(self.watchers) >= self.config.max_clients:
+            raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
+
+        await ws.prepare(request)
+        self.watchers[ws] = self.url_of(request), request.query.get("format") == "json"
+        try:
+            async for message in ws:
+                if message.type is web.WSMsgType.PING:
+                    await ws.pong(message.data)
+                await asyncio.sleep(0.005)  # whoever floods the server waits
+        finally:
+            del self.watchers[ws]
+        return ws
+
+    async def post_image(self, request: web.Request) -> web.Response:
+        id, prefix = str(uuid.uuid4()), self.url_of(request)
+        name, photo = await self.read_photo(request)
+        await self.start(id, photo, name, keep=True)
+        headers = {"Location": prefix + id}
+        if "respond-async" in re.split("[ ,;]+", request.headers.get("Prefer", "").lower()):
+            headers["Preference-Applied"] = "respond-async"
+            return reply({"id": id, "url": prefix + id}, status=202, headers=headers)
+        image = await self.result_of(id)
+        return reply(image.to_json(prefix), status=201, headers=headers)
+
+    async def get_images(self, request: web.Request) -> web.Response:
+        images = sorted(self.images.values(), key=lambda image: image.done, reverse=True)
+        return reply([image.to_json(self.url_of(request)) for image in images])
+
+    async def get_image(self, request: web.Request) -> web.Response:
+        image = await self.result_of(request.match_info["id"])
+        if request.path.endswith("/meta"):
+            return reply(image.to_json(self.url_of(request)))
+
+        # 64 KiB at a time, as aiohttp would copy the whole image for a client that does not read.
+        async def pieces() -> AsyncIterator[bytes]:
+            for at in range(0, len(image.jpeg), 2**16):
+                yield image.jpeg[at : at + 2**16]
+
+        headers = {
+            "Cache-Control": "private, max-age=31536000, immutable",
+            "Content-Length": str(len(image.jpeg)),
+            "X-Content-Type-Options": "nosniff",
+        }
+        return web.Response(body=pieces(), headers=headers, content_type="image/jpeg")
+
+    async def post_detect(self, request: web.Request) -> web.Response:
+        id, (name, photo) = str(uuid.uuid4()), await self.read_photo(request)
+        await self.start(id, photo, name, keep=False)
+        return reply(await self.result_of(id))
+
+    async def get_health(self, request: web.Request) -> web.Response:
+        held = {"images": len(self.images), "bytes": self.size, "queued": len(self.jobs)}
+        return reply({"status": "ok", "clients": len(self.watchers)} | held)
+
+    def url_of(self, request: web.Request) -> str:
+        """Return what the URLs of the images begin with, as this client knows the server."""
+        base = self.config.public_url.rstrip("/") or f"{request.scheme}://{request.host}"
+        return f"{base}{request.app.router['image'].url_for(id='')}"
+
+    async def read_photo(self, request: web.Request) -> tuple[str | None, bytes]:
+        """Return filename and content of the photo in a body or its form."""
+        config, limit, body = self.config, self.config.max_mb * 2**20, bytearray()
+        try:
+            async with asyncio.timeout(config.upload_timeout):
+                async for piece in request.content.iter_any():
+                    body += piece
+                    self.uploaded += len(piece)
+                    if len(body) > limit:
+                        text = f"The body is over {config.max_mb} MiB (--max-mb)."
+                        raise web.HTTPRequestEntityTooLarge(limit, text=text)
+                    if self.uploaded > UPLOAD_MEMORY * limit:
+                        raise web.HTTPServiceUnavailable(text="Too many uploads (--max-mb).")
+        except TimeoutError:
+            raise web.HTTPRequestTimeout(text="It took too long (--upload-timeout).") from None
+        finally:
+            self.uploaded -= len(body)
+
+        # Not before the upload, as others may have come meanwhile.
+        if len(self.jobs) >= config.threads * (1 + config.queue):
+            raise web.HTTPServiceUnavailable(text="Too many photos wait (--queue).")
+
+        is_form = request.content_type == "multipart/form-data"
+        name, photo = file_in_form(bytes(body)) if is_form else (None, bytes(body))
+        # curl labels -d and --data-binary alike, but -d has stripped the NULs: no photo any more.
+        if not photo or (request.content_type.endswith("urlencoded") and b"\0" not in photo):
+            raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
+        return name, photo
+
+    async def result_of(self, id: str) -> Any:
+        """Wait for what became of a photo. Raises an HTTPException if it failed or is not there."""
+        result = await asyncio.shield(self.get(id))  # the work goes on even if this client leaves
+        if result is None:
+            raise web.HTTPNotFound(text="There is no such image (any more: --keep, --keep-mb).")
+        if isinstance(result, WrongFormat):
+            raise web.HTTPUnsupportedMediaType(text=str(result))
+        if isinstance(result, BadPhoto):
+            raise web.HTTPUnprocessableEntity(text=str(result))
+        if isinstance(result, Exception):  # memory ran out
+            raise web.HTTPServiceUnavailable(text=str(result))
+        return result
+
+    # --- Who may use the server, and how it says no ---
+    @web.middleware
+    async def explain_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Send each error as a problem document (RFC 9457), aiohttp's own too, and log it."""
+        try:
+            self.check_site(request)
+            # Browsers ask by OPTIONS whether a page may post.
+            response = web.Response() if request.method == "OPTIONS" else await handler(request)
+        except web.HTTPError as error:
+            method, path, status, detail = request.method, request.path, error.status, error.text
+            if error is request.match_info.http_exception:
+                detail = f"There is no {method} {request.raw_path}; GET / tells what there is."
+            if status == 503:
+                error.headers["Retry-After"] = "1"
+            log.info("%s %s %r: %d %s", request.remote, method, path, status, detail)
+
+            # Not raised: a raised error and its traceback form a cycle that keeps the photo.
+            problem = {"title": error.reason, "status": status, "detail": detail}
+            kind = "application/problem+json"
+            del error.headers["Content-Type"]
+            response = reply(problem, status=status, headers=error.headers, content_type=kind)
+
+        for name in ("Origin", "Methods", "Headers"):  # a page that was refused reads only that
+            response.headers[f"Access-Control-Allow-{name}"] = "*"
+        response.headers.setdefault("Cache-Control", "no-cache")  # else browsers keep old pages
+        return response
+
+    def check_site(self, request: web.Request) -> None:
+        """Refuse other sites' pages: the browser that shows one can reach what its site cannot."""
+        config, host = self.config, request.headers.get("Host", "")
+        public = config.public_url.partition("//")[2].partition("/")[0] or "?"  # which no host is
+
+        # Anybody can make a name with a dot resolve to this machine (DNS rebinding).
+        names = r"[\w-]+|[\d.]+" if config.host in ("127.0.0.1", "localhost") else r"[\w.-]+"
+        if host != public and not re.fullmatch(rf"({names}|\[[\w:.]+\])(:\d+)?", host):
+            raise web.HTTPForbidden(text=f"{host!r} is not this machine (--host, --public-url).")
+
+        origin = request.headers.get("Origin", f"//{host}")
+        own = origin.partition("//")[2] in (host, public)
+        allowed = {site.rstrip("/") for site in config.allow_origin}
+        if not own and allowed.isdisjoint({origin, "*"}):
+            raise web.HTTPForbidden(text=f"Pages of {origin!r} may not use this (--allow-origin).")
+
+    async def finish(self, app: web.Application) -> None:
+        """Finish the photos under way, then say goodbye to the watchers."""
+        if self.jobs:
+            await asyncio.wait(self.jobs.values(), timeout=4)  # s; Docker kills after 10
+        closing = [ws.close(code=WSCloseCode.GOING_AWAY, drain=False) for ws in self.watchers]
+        await asyncio.gather(*closing)
 
 
-STATE = web.AppKey("STATE", State)
-
-
-# --- The handlers, in the order in which a user meets them ---
-async def get_page(request: web.Request) -> web.StreamResponse:
-    """GET /, /docs, /openapi.json: the file that the route names. For curl, / tells what to try."""
-    page = STATIC / str(request.match_info.route.name)
-    for_curl = page.name == "index.html" and "text/html" not in request.headers.get("Accept", "")
-    if page.exists() and not for_curl:
-        return web.FileResponse(page)
-    return web.Response(text=str(__doc__).replace("127.0.0.1:8282", request.host))
-
-
-async def get_faces(request: web.Request) -> web.WebSocketResponse:
-    """GET /faces: a websocket that gets the URL of each new image, or its JSON (?format=json)."""
-    state = request.app[STATE]
-    ws = web.WebSocketResponse(
-        heartbeat=25,  # seconds; proxies drop a connection that is silent for 30 to 60
-        autoping=False,  # the loop below answers pings, and slows a flood of them
-        max_msg_size=1025,  # bytes: 1 KiB may come, though nobody reads it
-        compress=False,  # it would take 256 KiB a watcher
-        writer_limit=sys.maxsize,  # send_str() never waits
-    )
-    if not ws.can_prepare(request):
-        text = f"This is a websocket: wscat -c ws://{request.host}{request.path}"
-        raise web.HTTPUpgradeRequired(text=text, headers={"Upgrade": "websocket"})
-    if len(state.watchers) >= state.config.max_clients:
-        raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
-
-    await ws.prepare(request)
-    state.watchers[ws] = url_of(request), request.query.get("format") == "json"
-    try:
-        async for message in ws:
-            if message.type is web.WSMsgType.PING:
-                await ws.pong(message.data)
-            await asyncio.sleep(0.005)  # whoever floods the server waits
-    finally:
-        del state.watchers[ws]
-    return ws
-
-
-async def post_image(request: web.Request) -> web.Response:
-    """POST /image: annotate a photo, keep it, and announce it."""
-    state, id, prefix = request.app[STATE], str(uuid.uuid4()), url_of(request)
-    name, photo = await read_photo(request)
-    job = await state.start(id, state.annotate_and_announce(id, name, photo))
-    headers = {"Location": prefix + id}
-    preferences = request.headers.get("Prefer", "").lower()  # RFC 7240
-    if "respond-async" in re.split("[ ,;]+", preferences):
-        headers["Preference-Applied"] = "respond-async"
-        return reply({"id": id, "url": prefix + id}, status=202, headers=headers)
-    image = await result_of(job)
-    return reply(image.to_json(prefix), status=201, headers=headers)
-
-
-async def get_image(request: web.Request) -> web.Response:
-    """GET /image/{id}: the annotated photo, as soon as it is done; /image/{id}/meta: its JSON."""
-    image = await result_of(request.app[STATE].get(request.match_info["id"]))
-    if request.path.endswith("/meta"):
-        return reply(image.to_json(url_of(request)))
-
-    # 64 KiB at a time, since aiohttp would copy the whole image for a client that does not read.
-    async def pieces() -> AsyncIterator[bytes]:
-        for at in range(0, len(image.jpeg), 2**16):
-            yield image.jpeg[at : at + 2**16]
-
-    headers = {
-        "Cache-Control": "private, max-age=31536000, immutable",
-        "Content-Length": str(len(image.jpeg)),
-        "Content-Type": "image/jpeg",
-        "X-Content-Type-Options": "nosniff",
-    }
-    return web.Response(body=pieces(), headers=headers)
-
-
-async def get_images(request: web.Request) -> web.Response:
-    """GET /image: the JSON of every image, the newest first."""
-    images, prefix = await request.app[STATE].newest_first(), url_of(request)
-    return reply([image.to_json(prefix) for image in images])
-
-
-async def post_detect(request: web.Request) -> web.Response:
-    """POST /detect: find the faces in a photo, and keep nothing."""
-    state = request.app[STATE]
-    _, photo = await read_photo(request)
-    job = await state.start(None, state.annotate_in_pool(photo, drawn=False))
-    _, meta = await result_of(job)
-    return reply(meta)
-
-
-async def get_health(request: web.Request) -> web.Response:
-    """GET /health: 200, and what the server holds."""
-    state = request.app[STATE]
-    held = {"images": len(state.images), "bytes": state.size, "queued": len(state.jobs)}
-    return reply({"status": "ok", "clients": len(state.watchers)} | held)
-
-
-# --- What the handlers share ---
 def reply(data: Any, **options: Any) -> web.Response:
     """Return JSON that people can read in a terminal."""
     return web.json_response(text=json.dumps(data, indent=2) + "\n", **options)
-
-
-def url_of(request: web.Request) -> str:
-    """Return what the URLs of the images begin with, as this client knows the server."""
-    base = request.app[STATE].config.public_url.rstrip("/") or f"{request.scheme}://{request.host}"
-    return f"{base}{request.app.router['image'].url_for(id='')}"
-
-
-async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
-    """Return filename and content of the photo in a body or its form. Raises an HTTPException."""
-    state, body = request.app[STATE], bytearray()
-    config, limit = state.config, state.config.max_mb * 2**20
-    try:
-        async with asyncio.timeout(config.upload_timeout):
-            async for piece in request.content.iter_any():
-                body += piece
-                state.uploaded += len(piece)
-                if len(body) > limit:
-                    text = f"The body is over {config.max_mb} MiB (--max-mb)."
-                    raise web.HTTPRequestEntityTooLarge(limit, text=text)
-                if state.uploaded > UPLOAD_MEMORY * limit:
-                    raise web.HTTPServiceUnavailable(text="Too many uploads (--max-mb).")
-    except TimeoutError:
-        raise web.HTTPRequestTimeout(text="The upload took too long (--upload-timeout).") from None
-    finally:
-        state.uploaded -= len(body)
-
-    # Not before the upload, as others may have come meanwhile.
-    if len(state.jobs) >= config.threads * (1 + config.queue):
-        raise web.HTTPServiceUnavailable(text="Too many photos wait (--queue).")
-    if request.content_type == "multipart/form-data":
-        return file_in_form(bytes(body))
-    # curl labels -d and --data-binary alike, but -d has stripped the NULs: no photo any more.
-    if not body or (request.content_type.endswith("urlencoded") and b"\0" not in body):
-        raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
-    return None, bytes(body)
 
 
 def file_in_form(form: bytes) -> tuple[str, bytes]:
@@ -503,93 +535,11 @@ def file_in_form(form: bytes) -> tuple[str, bytes]:
     return files[0]
 
 
-async def result_of(job: Awaitable[Any]) -> Any:
-    """Wait for what became of a photo. Raises an HTTPException if it failed, or is not there."""
-    result = await asyncio.shield(job)  # it goes on even if this client leaves
-    if result is None:
-        raise web.HTTPNotFound(text="There is no such image (any more: --keep, --keep-mb).")
-    if isinstance(result, Exception):
-        raise ERRORS[type(result)](text=str(result))
-    return result
-
-
-# --- Who may use the server, and how it says no ---
-@web.middleware
-async def explain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Send each error as a problem document (RFC 9457), aiohttp's own too, and log it."""
-    try:
-        check_site(request)
-        # Browsers ask by OPTIONS whether a page may post.
-        response = web.Response() if request.method == "OPTIONS" else await handler(request)
-    except web.HTTPError as error:
-        status, detail = error.status, error.text
-        if error is request.match_info.http_exception:
-            detail = f"There is no {request.method} {request.raw_path}; GET / tells what there is."
-        if status == 503:
-            error.headers["Retry-After"] = "1"
-        log.info("%s %s %r: %d %s", request.remote, request.method, request.path, status, detail)
-
-        # Not raised: a raised error and its traceback form a cycle that keeps the photo.
-        problem = {"title": error.reason, "status": status, "detail": detail}
-        kind = "application/problem+json"
-        del error.headers["Content-Type"]
-        response = reply(problem, status=status, headers=error.headers, content_type=kind)
-
-    for name in ("Origin", "Methods", "Headers"):  # a page that was refused reads only that
-        response.headers[f"Access-Control-Allow-{name}"] = "*"
-    response.headers.setdefault("Cache-Control", "no-cache")  # else browsers keep old pages
-    return response
-
-
-def check_site(request: web.Request) -> None:
-    """Refuse pages of other sites: the browser that shows one can reach what its site cannot."""
-    config, host = request.app[STATE].config, request.headers.get("Host", "")
-    public = urlsplit(config.public_url).netloc or "?"  # which no host is
-
-    # Anybody can make a name with a dot resolve to this machine (DNS rebinding).
-    names = r"[\w-]+|[\d.]+" if config.host in ("127.0.0.1", "localhost") else r"[\w.-]+"
-    if host != public and not re.fullmatch(rf"({names}|\[[\w:.]+\])(:\d+)?", host):
-        raise web.HTTPForbidden(text=f"{host!r} is not this machine (--host, --public-url).")
-
-    origin = request.headers.get("Origin", f"//{host}")
-    own = origin.partition("//")[2] in (host, public)
-    allowed = {site.rstrip("/") for site in config.allow_origin}
-    if not own and allowed.isdisjoint({origin, "*"}):
-        raise web.HTTPForbidden(text=f"Pages of {origin!r} may not use this (--allow-origin).")
-
-
-# --- The application ---
 def create_app(config: Config = Config(), detector: Detector | None = None) -> web.Application:
-    """Return the server. Raises OSError or ValueError if the model file is invalid."""
-    app = web.Application(middlewares=[explain_errors])
-    app[STATE] = State(config, detector or load_detector(config.model, config.min_score))
-    app.on_shutdown.append(finish)
-    routes = [
-        web.get("/", get_page, name="index.html"),
-        web.get("/docs", get_page, name="docs.html"),
-        web.get("/openapi.json", get_page, name="openapi.json"),
-        web.get("/faces", get_faces),
-        web.post("/image", post_image),
-        web.put("/image", post_image),  # curl -T
-        web.get("/image", get_images),
-        web.get("/image/{id}", get_image, name="image"),
-        web.get("/image/{id}/meta", get_image),
-        web.post("/detect", post_detect),
-        web.get("/health", get_health),
-    ]
-    app.add_routes(routes)
-    if STATIC.is_dir():
-        app.router.add_static("/static", STATIC)
+    """Return the server as an application. Raises OSError or ValueError if the model is invalid."""
+    app = web.Application()
+    Server(config, detector or load_detector(config.model, config.min_score)).set_up(app)
     return app
-
-
-async def finish(app: web.Application) -> None:
-    """Finish the photos under way, then say goodbye to the watchers."""
-    state = app[STATE]
-    if state.jobs:
-        await asyncio.wait(state.jobs.values(), timeout=4)  # s; Docker kills after 10
-    closing = [ws.close(code=WSCloseCode.GOING_AWAY, drain=False) for ws in state.watchers]
-    await asyncio.gather(*closing)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -606,7 +556,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def serve(app: web.Application) -> None:
     """Listen, say where, and serve until SIGINT or SIGTERM. Raises OSError or OverflowError."""
-    config = app[STATE].config
+    config = app[SERVER].config
     host = config.host
     sock = socket.create_server((host or "?", config.port))  # "" would be any address, "?" is none
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # ms, after which Linux drops those who do not read
@@ -639,8 +589,7 @@ def main() -> None:
     config = Config(**vars(make_parser().parse_args()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # If open files run out, asyncio would say so a hundred times a second, and again at the stop.
-    noise = re.compile("accept|_start_serving")
-    logging.getLogger("asyncio").addFilter(lambda record: not noise.search(record.msg))
+    logging.getLogger("asyncio").addFilter(lambda line: not re.search("accept|serving", line.msg))
     try:
         serve(create_app(config))
     except (AttributeError, OSError, OverflowError, ValueError) as error:  # OpenCV 5, port, model

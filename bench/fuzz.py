@@ -252,7 +252,7 @@ def fuzz(name: str, seconds: float, seed: int, state_file: str) -> None:
     split, join = globals()[f"split_{name.lower()}"], globals()[f"join_{name.lower()}"]
     pool = [split(each) for each in seeds]
     rng = random.Random(seed)
-    ours = (server.UnsupportedPhoto, server.BadPhoto, web.HTTPBadRequest)
+    ours = (server.BadPhoto, web.HTTPBadRequest)
     box = [server.Face(5, 5, 20, 20, 1.0)]
 
     with Path(state_file).open("r+b") as file:

@@ -12,12 +12,11 @@ import json
 import logging
 import sys
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -26,7 +25,7 @@ from redis.exceptions import RedisError
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import server
-from server import ERRORS, STATE, Config, Detector, Image, State
+from server import BadPhoto, Config, Detector, Image, Server, WrongFormat
 
 KEEP_SECONDS = 3600  # the default
 PROMISE = 2  # seconds until the photos of a process that died are given up
@@ -55,9 +54,6 @@ class RedisAway(Exception):
     """Redis did not keep an image."""
 
 
-ERRORS[RedisAway] = web.HTTPServiceUnavailable
-
-
 @contextlib.contextmanager
 def redis_needed() -> Iterator[None]:
     """Answer 503 if Redis does not do what it is asked for."""
@@ -68,8 +64,8 @@ def redis_needed() -> Iterator[None]:
         raise web.HTTPServiceUnavailable(text="Redis is away (--redis-url).") from None
 
 
-class RedisState(State):
-    """The images in Redis, and what this process holds.
+class ClusterServer(Server):
+    """The server, with its images in Redis.
 
     The key of a photo holds its Image or what is wrong with it; b"" while a process works on it.
     """
@@ -92,28 +88,25 @@ class RedisState(State):
         self.channel = f"faces:{pool.connection_kwargs.get('db', 0)}"  # all databases share them
         self.subscribed = asyncio.Event()
 
-    async def start(self, id: str | None, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Start work on a photo, and promise all processes that something will come of it."""
-        if id is None:
-            return await super().start(id, work)
-        try:
+    async def start(self, id: str, photo: bytes, name: str | None, keep: bool) -> None:
+        """Start to annotate a photo, and promise all processes that something will come of it."""
+        if keep:
             with redis_needed():
                 await self.redis.set(key_of(id), b"", px=PROMISE * 1000)
-        except BaseException:  # a client that leaves cancels it
-            work.close()  # else Python warns that nobody awaited it
-            raise
-        return await super().start(id, work)
+        await super().start(id, photo, name, keep)
 
-    async def run(self, id: str, work: Coroutine[Any, Any, Any]) -> Any:
-        """Do the work, and tell all processes if nothing comes of it."""
+    async def run(self, id: str, photo: bytes, name: str | None, keep: bool) -> Any:
+        """Annotate a photo, and tell all processes if nothing comes of it."""
         renewal = asyncio.create_task(self.renew(id))
         try:
-            outcome = await super().run(id, work)
+            outcome = await super().run(id, photo, name, keep)
+        except RedisAway as error:
+            return RedisAway(*error.args)  # a copy, since the traceback keeps the photo
         finally:
             renewal.cancel()
-        if isinstance(outcome, Exception) and not isinstance(outcome, RedisAway):
-            with contextlib.suppress(RedisError):  # xx: POST /detect has made no promise
-                await self.redis.set(key_of(id), encode(outcome), ex=REFUSAL, xx=True)
+        if keep and isinstance(outcome, Exception):
+            with contextlib.suppress(RedisError):
+                await self.redis.set(key_of(id), encode(outcome), ex=REFUSAL)
         return outcome
 
     async def renew(self, id: str) -> None:
@@ -196,11 +189,11 @@ class RedisState(State):
         await asyncio.wait([relay])
         await self.redis.aclose()
 
-    @web.middleware
-    async def tell_health(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """GET /health: 503 without Redis, and the numbers of Redis."""
-        if handler is not server.get_health:
-            return await handler(request)
+    async def get_images(self, request: web.Request) -> web.Response:
+        prefix = self.url_of(request)
+        return server.reply([image.to_json(prefix) for image in await self.newest_first()])
+
+    async def get_health(self, request: web.Request) -> web.Response:
         with redis_needed():
             if not self.subscribed.is_set():
                 raise RedisError("not subscribed")
@@ -225,7 +218,7 @@ def decode(value: bytes) -> Image | Exception:
     """Return what was encoded."""
     line, _, jpeg = value.partition(b"\n")
     known = json.loads(line)
-    for error in ERRORS:
+    for error in (BadPhoto, WrongFormat, server.cv2.error):
         if known.get("error") == error.__name__:
             return error(known["text"])
     return Image(0, jpeg, known)
@@ -243,10 +236,11 @@ def create_app(
     detector: Detector | None = None,
 ) -> web.Application:
     """Return the server, with its images in Redis. Raises ValueError if the URL is invalid."""
-    app = server.create_app(config, detector)
-    app[STATE] = state = RedisState(config, app[STATE].detector, redis_url, keep_seconds)
-    app.middlewares.append(state.tell_health)
-    app.cleanup_ctx.append(state.stay_subscribed)
+    app = web.Application()
+    detector = detector or server.load_detector(config.model, config.min_score)
+    faces = ClusterServer(config, detector, redis_url, keep_seconds)
+    faces.set_up(app)
+    app.cleanup_ctx.append(faces.stay_subscribed)
     return app
 
 

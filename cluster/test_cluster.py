@@ -27,7 +27,7 @@ if not shutil.which("redis-server"):
     pytest.skip("redis-server is missing: apt-get install redis-server", allow_module_level=True)
 
 import cluster
-from server import STATE, BadPhoto, Image
+from server import SERVER, BadPhoto, Image
 
 CLUSTER = Path(__file__).parent
 ASTRONAUT = (CLUSTER.parent / "samples/astronaut.jpg").read_bytes()
@@ -142,12 +142,12 @@ async def three(urls: list[str], redis: Redis, client: "Client") -> list[str]:
 
 
 @pytest.fixture
-async def state(redis: Redis) -> AsyncIterator[cluster.RedisState]:
-    """The state of a process in which everything can be done to it."""
-    state = cluster.app(f"--redis-url={redis.url}", "--keep-seconds=2")[STATE]
-    assert isinstance(state, cluster.RedisState)
-    yield state
-    await state.redis.aclose()
+async def node(redis: Redis) -> AsyncIterator[cluster.ClusterServer]:
+    """A server, not running, in which everything can be done to it."""
+    node = cluster.app(f"--redis-url={redis.url}", "--keep-seconds=2")[SERVER]
+    assert isinstance(node, cluster.ClusterServer)
+    yield node
+    await node.redis.aclose()
 
 
 # --- Clients ---
@@ -316,12 +316,10 @@ async def test_the_error_of_a_bad_photo_crosses(
     assert answers == [(status, answers[0][1])] * 3
 
 
-async def test_nothing_is_kept_of_what_nobody_can_ask_for(state: cluster.RedisState) -> None:
-    async def fail() -> None:
-        raise BadPhoto("It is damaged.")
-
-    assert isinstance(await (await state.start(None, fail())), BadPhoto)  # POST /detect
-    assert await state.redis.dbsize() == 0
+async def test_nothing_is_kept_of_what_nobody_can_ask_for(node: cluster.ClusterServer) -> None:
+    await node.start("detect", b"no photo", None, keep=False)
+    assert isinstance(await node.get("detect"), BadPhoto)
+    assert await node.redis.dbsize() == 0
 
 
 async def test_nobody_waits_for_a_process_that_was_killed(
@@ -341,49 +339,50 @@ async def test_nobody_waits_for_a_process_that_was_killed(
 
 
 # --- Letting go of images ---
-async def put(state: cluster.RedisState, id: str, size: int = 100) -> None:
-    await state.start(id, asyncio.sleep(0))
-    await state.put(id, Image(0, bytes(size), {"id": id}))
+async def put(node: cluster.ClusterServer, id: str, size: int = 100) -> None:
+    await node.put(id, Image(0, bytes(size), {"id": id}))
 
 
-async def found(state: cluster.RedisState, ids: list[str]) -> list[str]:
+async def found(node: cluster.ClusterServer, ids: list[str]) -> list[str]:
     """Return those ids whose images are there."""
     there = []
     for id in ids:
         with contextlib.suppress(web.HTTPNotFound):
-            image = await state.get(id)
+            image = await node.get(id)
             assert isinstance(image, Image) and image.jpeg
             there.append(id)
     return there
 
 
-async def listed(state: cluster.RedisState) -> list[str]:
-    return [image.meta["id"] for image in await state.newest_first()]
+async def listed(node: cluster.ClusterServer) -> list[str]:
+    return [image.meta["id"] for image in await node.newest_first()]
 
 
-async def test_an_image_is_kept_for_the_time_set(state: cluster.RedisState) -> None:
-    await put(state, "short")
-    assert await found(state, ["short"]) == await listed(state) == ["short"]
+async def test_an_image_is_kept_for_the_time_set(node: cluster.ClusterServer) -> None:
+    await put(node, "short")
+    assert await found(node, ["short"]) == await listed(node) == ["short"]
     await asyncio.sleep(2.1)
-    assert await found(state, ["short"]) == await listed(state) == []
+    assert await found(node, ["short"]) == await listed(node) == []
 
 
-async def test_a_full_redis_lets_go_of_old_images(state: cluster.RedisState, redis: Redis) -> None:
+async def test_a_full_redis_lets_go_of_old_images(
+    node: cluster.ClusterServer, redis: Redis
+) -> None:
     redis.ask("config", "set", "maxmemory", "8mb")
     ids = [str(number) for number in range(20)]
     for id in ids:
-        await put(state, id, size=10**6)
-    there = await found(state, ids)
+        await put(node, id, size=10**6)
+    there = await found(node, ids)
     redis.ask("config", "set", "maxmemory", "0")
     assert there[-1] == ids[-1] and 3 < len(there) < 8
-    assert await listed(state) == there[::-1]
+    assert await listed(node) == there[::-1]
 
 
-async def test_the_newest_100_are_listed(state: cluster.RedisState) -> None:
+async def test_the_newest_100_are_listed(node: cluster.ClusterServer) -> None:
     ids = [str(number) for number in range(102)]
     for id in ids:
-        await put(state, id)
-    assert await listed(state) == ids[:1:-1]
+        await put(node, id)
+    assert await listed(node) == ids[:1:-1]
 
 
 # --- Redis away ---
@@ -446,21 +445,21 @@ async def test_a_photo_under_way_when_redis_goes_away_is_refused_as_a_whole(
 
 
 async def test_nothing_is_kept_once_the_poster_was_told_so(
-    state: cluster.RedisState, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    node: cluster.ClusterServer, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Redis is paused at the worst moment: it runs the script when it is resumed."""
-    time_of_redis = state.redis.time
+    time_of_redis = node.redis.time
 
     async def pause() -> tuple[int, int]:
         now = await time_of_redis()
         redis.signal(signal.SIGSTOP)
         return now
 
-    monkeypatch.setattr(state.redis, "time", pause)
+    monkeypatch.setattr(node.redis, "time", pause)
     with pytest.raises(cluster.RedisAway):
-        await state.put("late", Image(0, b"jpeg", {"id": "late"}))
+        await node.put("late", Image(0, b"jpeg", {"id": "late"}))
     redis.recover()
-    assert await found(state, ["late"]) == await listed(state) == []
+    assert await found(node, ["late"]) == await listed(node) == []
 
 
 # --- gunicorn ---

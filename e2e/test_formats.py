@@ -72,7 +72,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_any_other_format_is_refused(kind: str) -> None:
-    with pytest.raises(server.UnsupportedPhoto):
+    with pytest.raises(server.WrongFormat):
         server.annotate(FOREIGN[kind], DETECTOR)
 
 
