@@ -45,21 +45,21 @@ os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")  # OpenCV reads 
 
 import cv2
 import numpy as np
-from aiohttp import WSCloseCode, web
+from aiohttp import web
 from aiohttp.typedefs import Handler
 
 STATIC = Path(__file__).parent / "static"  # the web page; the server also runs without it
 CASCADE = Path(cv2.__file__).with_name("data") / "haarcascade_frontalface_alt2.xml"
 
-FORMATS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # how a photo may begin; OpenCV reads others
+FORMATS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # a photo's first bytes; OpenCV knows more
 MAX_PIXELS = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]  # in a photo
 SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is elsewhere only by chance
 MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 50 megapixels
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND")  # of a still picture
 
 HAAR_SMALLEST = 33  # px, the side of the smallest window; the face in it is smaller
-HAAR_PART = 38  # and at least 1/38 of the photo's longer side, so that a large photo costs no more
-HAAR_WINDOWS = 1000  # of a scan are grouped, which is quadratic; only textures have more
+HAAR_PART = 38  # or 1/38 of the photo's longer side, if that is more: a large photo costs no more
+HAAR_WINDOWS = 1000  # the most that are grouped, in quadratic time; only textures have more
 HAAR_SCORE = 9  # windows that a face needs in its close views; one more or less changes little
 YUNET_SIDE = 416  # px, the longer side that the network sees, in 0.4 of the time of 640 px
 YUNET_SHORTEST = 64  # px; with a shorter side the network finds boxes of infinite size
@@ -72,7 +72,7 @@ log = logging.getLogger("faces")
 SERVER: web.AppKey["Server"] = web.AppKey("SERVER")
 Pixels = np.ndarray  # BGR, (height, width, 3), uint8
 Detector = Callable[[Pixels], list["Face"]]
-Meta = dict[str, Any]  # what is known of a photo, as JSON
+Meta = dict[str, Any]  # what is known of a photo, ready for JSON
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ class Config:
     allow_origin: tuple[str, ...] = ()  # site whose pages may use it, or *; may be repeated
     keep: int = 100  # images to keep
     keep_mb: int = 128  # MiB of images to keep
-    max_mb: int = 20  # MiB in a body
+    max_mb: int = 20  # MiB of the largest body
     upload_timeout: int = 40  # seconds for an upload, and for a client to take what it asked for
     threads: int = os.cpu_count() or 1  # photos at a time
-    queue: int = 8  # photos waiting for each thread
+    queue: int = 8  # photos that may wait for each thread
     max_clients: int = 500  # watchers at a time
     model: str = ""  # YuNet network (.onnx) or cascade (.xml)
-    min_score: float = 0.0  # of a face; 0 is 9, with YuNet 0.7
+    min_score: float = 0.0  # score that a face needs; 0 means 9, with YuNet 0.7
 
 
 # --- The photo: bytes in, bytes out, no HTTP ---
@@ -100,7 +100,7 @@ class BadPhoto(Exception):
 
 
 class WrongFormat(BadPhoto):
-    """It is not in a format that is read here."""
+    """It is not a JPEG, PNG, WebP or GIF."""
 
 
 class Face(NamedTuple):
@@ -116,7 +116,7 @@ class Face(NamedTuple):
 def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[bytes, Meta]:
     """Find the faces in a photo, and draw a box around each. Many threads may do so at once.
 
-    Returns the upright JPEG, or b"", and its Meta. Raises BadPhoto, or cv2.error (out of memory).
+    Returns JPEG (b"" unless drawn) and Meta. Raises BadPhoto; MemoryError or cv2.error (no memory).
     """
     pixels = decode(photo)
     height, width, _ = pixels.shape
@@ -172,7 +172,7 @@ def draw(pixels: Pixels, faces: list[Face]) -> None:
 
 
 # --- The detectors ---
-class HaarDetector(threading.local):  # no cascade is thread-safe, so __init__ runs in each thread
+class HaarDetector(threading.local):  # runs __init__ in each thread: no cascade is thread-safe
     """Find frontal faces with a Haar cascade (Viola and Jones, 2001); a score counts windows."""
 
     def __init__(self, file: Path, min_score: float) -> None:
@@ -246,27 +246,27 @@ def load_detector(model: str = "", min_score: float = 0) -> Detector:
 
 # --- The server: what it holds, and how it answers ---
 class Image(NamedTuple):  # an annotated photo
-    done: float  # when, in seconds since 1970
+    finished: float  # seconds since 1970
     jpeg: bytes
-    meta: Meta  # its URL is empty, since each client knows the server by another one
+    meta: Meta  # "url" is empty here, since each client may reach the server by another URL
 
-    def to_json(self, prefix: str) -> Meta:
-        """Return its JSON for a client who knows the images by this prefix of their URLs."""
-        return self.meta | {"url": prefix + self.meta["id"]}
+    def meta_at(self, base: str) -> Meta:
+        """Return its Meta with its URL, for a client who reaches the server by this base URL."""
+        return self.meta | {"url": f"{base}image/{self.meta['id']}"}
 
 
 class Server:
-    """The images, the watchers and the handlers. Where a subclass may ask Redis, it is async."""
+    """The images, the watchers and the handlers. What a subclass may keep in Redis is async."""
 
     def __init__(self, config: Config, detector: Detector) -> None:
         self.config, self.detector = config, detector
         self.pool = ThreadPoolExecutor(config.threads)
         self.uploaded = 0  # bytes of the uploads under way
-        self.jobs: dict[str, asyncio.Task[Any]] = {}  # photos under way, by id
+        self.jobs: dict[str, asyncio.Task[Any]] = {}  # photos waiting or in work, by id
         self.errors = OrderedDict[str, Exception]()  # of photos that failed, the oldest first
         self.images = OrderedDict[str, Image]()  # the least recently used first
         self.size = 0  # bytes of their JPEGs
-        self.watchers: dict[web.WebSocketResponse, tuple[str, bool]] = {}  # URL prefix, wants JSON
+        self.watchers: dict[web.WebSocketResponse, tuple[str, bool]] = {}  # base URL, wants JSON
 
     # --- The store ---
     async def put(self, id: str, image: Image) -> None:
@@ -278,20 +278,20 @@ class Server:
             self.size -= len(self.images.popitem(last=False)[1].jpeg)
 
     async def get(self, id: str) -> Any:
-        """Return what became of a photo, as soon as it is known. This counts as use."""
+        """Return a photo's Image, Meta or error, once it is known; None if there is none."""
         if id in self.jobs:
-            return await self.jobs[id]
+            return await self.jobs[id]  # shield get(), or a client that leaves cancels the job
         if id in self.images:
             self.images.move_to_end(id)
         return self.images.get(id) or self.errors.get(id)
 
     # --- The photos under way, and the watchers ---
-    async def start(self, id: str, photo: bytes, name: str | None, keep: bool) -> None:
+    async def start_job(self, id: str, photo: bytes, name: str | None, keep: bool) -> None:
         """Start to annotate a photo; from now on, get() waits for it."""
-        self.jobs[id] = asyncio.create_task(self.run(id, photo, name, keep))
+        self.jobs[id] = asyncio.create_task(self.run_job(id, photo, name, keep))
 
-    async def run(self, id: str, photo: bytes, name: str | None, keep: bool) -> Any:
-        """Annotate a photo, keep and announce it. Returns its Image or Meta, or why it failed."""
+    async def run_job(self, id: str, photo: bytes, name: str | None, keep: bool) -> Any:
+        """Annotate a photo, keep and announce it. Returns its Image or Meta, or its error."""
         start, loop = time.monotonic(), asyncio.get_running_loop()
         try:
             jpeg, meta = await loop.run_in_executor(self.pool, annotate, photo, self.detector, keep)
@@ -303,7 +303,7 @@ class Server:
             await self.announce(image)
             log.info("%r: %d faces in %d ms", name, len(meta["faces"]), meta["took_ms"])
             return image
-        except (BadPhoto, cv2.error) as error:
+        except (BadPhoto, MemoryError, cv2.error) as error:
             # A copy, since the traceback of the original keeps the photo.
             self.errors[id] = type(error)(*error.args)
             if len(self.errors) > MAX_ERRORS:
@@ -314,26 +314,26 @@ class Server:
 
     async def announce(self, image: Image) -> None:
         """Send the URL of an image to every watcher, and wait for none of them."""
-        for ws, (prefix, as_json) in list(self.watchers.items()):  # some may leave meanwhile
-            meta = image.to_json(prefix)
-            with suppress(ConnectionError):  # it has left
+        for ws, (base, as_json) in self.watchers.items():
+            meta = image.meta_at(base)
+            with suppress(ConnectionError):  # it is leaving
                 await ws.send_str(json.dumps(meta) if as_json else meta["url"])
 
     # --- The handlers ---
     def set_up(self, app: web.Application) -> None:
-        """Have an application answer as this server does."""
+        """Give an application the routes of this server, its errors and its goodbye."""
         app[SERVER] = self
         app.middlewares.append(self.explain_errors)
         app.on_shutdown.append(self.finish)
         routes = [
-            web.get("/", self.get_page, name="index.html"),  # the file that the name tells
+            web.get("/", self.get_page, name="index.html"),  # the file of that name in STATIC
             web.get("/docs", self.get_page, name="docs.html"),
             web.get("/openapi.json", self.get_page, name="openapi.json"),
             web.get("/faces", self.get_faces),  # websocket: the URL of each new image
             web.post("/image", self.post_image),  # annotate a photo, keep it, and announce it
             web.put("/image", self.post_image),  # the same, for curl -T
             web.get("/image", self.get_images),  # the JSON of every image, the newest first
-            web.get("/image/{id}", self.get_image, name="image"),  # the JPEG, as soon as it is done
+            web.get("/image/{id}", self.get_image),  # the JPEG, as soon as it is done
             web.get("/image/{id}/meta", self.get_image),  # its JSON
             web.post("/detect", self.post_detect),  # find the faces in a photo, and keep nothing
             web.get("/health", self.get_health),  # what the server holds
@@ -347,7 +347,8 @@ class Server:
         wants_page = "text/html" in request.headers.get("Accept", "")
         if page.exists() and (wants_page or page.name != "index.html"):
             return web.FileResponse(page)
-        return web.Response(text=str(__doc__).replace("127.0.0.1:8282", request.host))  # for curl
+        address = self.base_url(request).partition("//")[2]
+        return web.Response(text=str(__doc__).replace("127.0.0.1:8282/", address))  # for curl
 
     async def get_faces(self, request: web.Request) -> web.WebSocketResponse:
         ws = web.WebSocketResponse(
@@ -364,7 +365,7 @@ class Server:
             raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
 
         await ws.prepare(request)
-        self.watchers[ws] = self.url_of(request), request.query.get("format") == "json"
+        self.watchers[ws] = self.base_url(request), request.query.get("format") == "json"
         try:
             async for message in ws:
                 if message.type is web.WSMsgType.PING:
@@ -375,24 +376,25 @@ class Server:
         return ws
 
     async def post_image(self, request: web.Request) -> web.Response:
-        id, prefix = str(uuid.uuid4()), self.url_of(request)
-        name, photo = await self.read_photo(request)
-        await self.start(id, photo, name, keep=True)
-        headers = {"Location": prefix + id}
+        id, (name, photo) = str(uuid.uuid4()), await self.read_photo(request)
+        await self.start_job(id, photo, name, keep=True)
+        url = f"{self.base_url(request)}image/{id}"
+        headers = {"Location": url}
         if "respond-async" in re.split("[ ,;]+", request.headers.get("Prefer", "").lower()):
             headers["Preference-Applied"] = "respond-async"
-            return reply({"id": id, "url": prefix + id}, status=202, headers=headers)
+            return reply({"id": id, "url": url}, status=202, headers=headers)
         image = await self.result_of(id)
-        return reply(image.to_json(prefix), status=201, headers=headers)
+        return reply(image.meta | {"url": url}, status=201, headers=headers)
 
     async def get_images(self, request: web.Request) -> web.Response:
-        images = sorted(self.images.values(), key=lambda image: image.done, reverse=True)
-        return reply([image.to_json(self.url_of(request)) for image in images])
+        base, images = self.base_url(request), self.images.values()
+        newest_first = sorted(images, key=lambda image: -image.finished)
+        return reply([image.meta_at(base) for image in newest_first])
 
     async def get_image(self, request: web.Request) -> web.Response:
         image = await self.result_of(request.match_info["id"])
         if request.path.endswith("/meta"):
-            return reply(image.to_json(self.url_of(request)))
+            return reply(image.meta_at(self.base_url(request)))
 
         # 64 KiB at a time, as aiohttp would copy the whole image for a client that does not read.
         async def pieces() -> AsyncIterator[bytes]:
@@ -407,18 +409,18 @@ class Server:
         return web.Response(body=pieces(), headers=headers, content_type="image/jpeg")
 
     async def post_detect(self, request: web.Request) -> web.Response:
-        id, (name, photo) = str(uuid.uuid4()), await self.read_photo(request)
-        await self.start(id, photo, name, keep=False)
+        id, (_, photo) = str(uuid.uuid4()), await self.read_photo(request)
+        await self.start_job(id, photo, None, keep=False)
         return reply(await self.result_of(id))
 
     async def get_health(self, request: web.Request) -> web.Response:
         held = {"images": len(self.images), "bytes": self.size, "queued": len(self.jobs)}
         return reply({"status": "ok", "clients": len(self.watchers)} | held)
 
-    def url_of(self, request: web.Request) -> str:
-        """Return what the URLs of the images begin with, as this client knows the server."""
-        base = self.config.public_url.rstrip("/") or f"{request.scheme}://{request.host}"
-        return f"{base}{request.app.router['image'].url_for(id='')}"
+    def base_url(self, request: web.Request) -> str:
+        """Return the URL by which this client reaches the server, with a slash at its end."""
+        site = self.config.public_url.rstrip("/") or f"{request.scheme}://{request.host}"
+        return f"{site}{request.app.router['index.html'].url_for()}"
 
     async def read_photo(self, request: web.Request) -> tuple[str | None, bytes]:
         """Return filename and content of the photo in a body or its form."""
@@ -438,7 +440,7 @@ class Server:
         finally:
             self.uploaded -= len(body)
 
-        # Not before the upload, as others may have come meanwhile.
+        # Only now, as the queue may have filled during the upload.
         if len(self.jobs) >= config.threads * (1 + config.queue):
             raise web.HTTPServiceUnavailable(text="Too many photos wait (--queue).")
 
@@ -450,7 +452,7 @@ class Server:
         return name, photo
 
     async def result_of(self, id: str) -> Any:
-        """Wait for what became of a photo. Raises an HTTPException if it failed or is not there."""
+        """Return the Image or Meta of a photo, once known. Raises an HTTPError if there is none."""
         result = await asyncio.shield(self.get(id))  # the work goes on even if this client leaves
         if result is None:
             raise web.HTTPNotFound(text="There is no such image (any more: --keep, --keep-mb).")
@@ -458,11 +460,11 @@ class Server:
             raise web.HTTPUnsupportedMediaType(text=str(result))
         if isinstance(result, BadPhoto):
             raise web.HTTPUnprocessableEntity(text=str(result))
-        if isinstance(result, Exception):  # memory ran out
-            raise web.HTTPServiceUnavailable(text=str(result))
+        if isinstance(result, Exception):  # for want of memory
+            raise web.HTTPServiceUnavailable(text=str(result) or "Memory ran out.")
         return result
 
-    # --- Who may use the server, and how it says no ---
+    # --- Before and after the handlers ---
     @web.middleware
     async def explain_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Send each error as a problem document (RFC 9457), aiohttp's own too, and log it."""
@@ -472,7 +474,7 @@ class Server:
             response = web.Response() if request.method == "OPTIONS" else await handler(request)
         except web.HTTPError as error:
             method, path, status, detail = request.method, request.path, error.status, error.text
-            if error is request.match_info.http_exception:
+            if error is request.match_info.http_exception:  # no such path or method
                 detail = f"There is no {method} {request.raw_path}; GET / tells what there is."
             if status == 503:
                 error.headers["Retry-After"] = "1"
@@ -484,15 +486,15 @@ class Server:
             del error.headers["Content-Type"]
             response = reply(problem, status=status, headers=error.headers, content_type=kind)
 
-        for name in ("Origin", "Methods", "Headers"):  # a page that was refused reads only that
+        for name in ("Origin", "Methods", "Headers"):  # safe: others' pages get only a refusal
             response.headers[f"Access-Control-Allow-{name}"] = "*"
         response.headers.setdefault("Cache-Control", "no-cache")  # else browsers keep old pages
         return response
 
     def check_site(self, request: web.Request) -> None:
-        """Refuse other sites' pages: the browser that shows one can reach what its site cannot."""
+        """Refuse other sites' pages: a browser in this network would let any of them in."""
         config, host = self.config, request.headers.get("Host", "")
-        public = config.public_url.partition("//")[2].partition("/")[0] or "?"  # which no host is
+        public = re.sub("^.*//|/.*", "", config.public_url.lower()) or "?"  # which no host is
 
         # Anybody can make a name with a dot resolve to this machine (DNS rebinding).
         names = r"[\w-]+|[\d.]+" if config.host in ("127.0.0.1", "localhost") else r"[\w.-]+"
@@ -500,17 +502,15 @@ class Server:
             raise web.HTTPForbidden(text=f"{host!r} is not this machine (--host, --public-url).")
 
         origin = request.headers.get("Origin", f"//{host}")
-        own = origin.partition("//")[2] in (host, public)
-        allowed = {site.rstrip("/") for site in config.allow_origin}
-        if not own and allowed.isdisjoint({origin, "*"}):
+        allowed = {host, public} | {site.rstrip("/") for site in config.allow_origin}
+        if allowed.isdisjoint({origin, origin.partition("//")[2], "*"}):
             raise web.HTTPForbidden(text=f"Pages of {origin!r} may not use this (--allow-origin).")
 
     async def finish(self, app: web.Application) -> None:
         """Finish the photos under way, then say goodbye to the watchers."""
         if self.jobs:
             await asyncio.wait(self.jobs.values(), timeout=4)  # s; Docker kills after 10
-        closing = [ws.close(code=WSCloseCode.GOING_AWAY, drain=False) for ws in self.watchers]
-        await asyncio.gather(*closing)
+        await asyncio.gather(*(ws.close(code=1001, drain=False) for ws in self.watchers))
 
 
 def reply(data: Any, **options: Any) -> web.Response:
@@ -527,9 +527,9 @@ def file_in_form(form: bytes) -> tuple[str, bytes]:
     files = []
     for part in parts.split(delimiter, 1000):  # millions would take seconds
         headers, _, content = part.partition(b"\r\n\r\n")
-        name = re.search(rb'filename\*?="?([^";\r]*)', headers, re.IGNORECASE)
+        name = re.search(rb'filename\*?=("[^"\r]*|[^;\r]*)', headers, re.IGNORECASE)
         if name and content:
-            files.append((name[1].decode(errors="replace")[:255], content))
+            files.append((name[1].strip(b'"').decode(errors="replace")[:255], content))
     if len(files) != 1 or not end:
         raise web.HTTPBadRequest(text="The form must be complete and have exactly one file.")
     return files[0]
@@ -575,7 +575,7 @@ def serve(app: web.Application) -> None:
     web.run_app(
         app,
         sock=sock,
-        print=lambda _: print(banner, flush=True),  # from now on, SIGTERM is handled
+        print=lambda _: print(banner, flush=True),  # called once SIGTERM is handled
         access_log=None,
         auto_decompress=False,  # a small body could become a huge one
         handler_cancellation=True,  # when a client leaves
@@ -589,10 +589,10 @@ def main() -> None:
     config = Config(**vars(make_parser().parse_args()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # If open files run out, asyncio would say so a hundred times a second, and again at the stop.
-    logging.getLogger("asyncio").addFilter(lambda line: not re.search("accept|serving", line.msg))
+    logging.getLogger("asyncio").addFilter(lambda entry: not re.search("accept|serving", entry.msg))
     try:
         serve(create_app(config))
-    except (AttributeError, OSError, OverflowError, ValueError) as error:  # OpenCV 5, port, model
+    except (AttributeError, OSError, OverflowError, ValueError) as error:  # OpenCV 5 lacks cascades
         sys.exit(f"The server cannot start (--host, --port, --model, requirements.txt): {error}")
 
 

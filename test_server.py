@@ -320,6 +320,7 @@ async def test_mounted_elsewhere_all_urls_have_its_path(start):
     assert meta["url"] == f"{client.make_url('/faces/image/')}{meta['id']}"
     assert await watcher.receive_str(timeout=TIMEOUT) == meta["url"]
     assert await get_json(client, "/faces/image") == [meta]
+    assert str(client.make_url("/faces/image")) in await (await client.get("/faces/")).text()
     for path in (f"/faces/image/{meta['id']}", "/faces/", "/faces/docs", "/faces/openapi.json"):
         assert (await client.get(path, headers={"Accept": "text/html"})).status == 200
 

@@ -88,18 +88,18 @@ class ClusterServer(Server):
         self.channel = f"faces:{pool.connection_kwargs.get('db', 0)}"  # all databases share them
         self.subscribed = asyncio.Event()
 
-    async def start(self, id: str, photo: bytes, name: str | None, keep: bool) -> None:
+    async def start_job(self, id: str, photo: bytes, name: str | None, keep: bool) -> None:
         """Start to annotate a photo, and promise all processes that something will come of it."""
         if keep:
             with redis_needed():
                 await self.redis.set(key_of(id), b"", px=PROMISE * 1000)
-        await super().start(id, photo, name, keep)
+        await super().start_job(id, photo, name, keep)
 
-    async def run(self, id: str, photo: bytes, name: str | None, keep: bool) -> Any:
+    async def run_job(self, id: str, photo: bytes, name: str | None, keep: bool) -> Any:
         """Annotate a photo, and tell all processes if nothing comes of it."""
         renewal = asyncio.create_task(self.renew(id))
         try:
-            outcome = await super().run(id, photo, name, keep)
+            outcome = await super().run_job(id, photo, name, keep)
         except RedisAway as error:
             return RedisAway(*error.args)  # a copy, since the traceback keeps the photo
         finally:
@@ -190,8 +190,8 @@ class ClusterServer(Server):
         await self.redis.aclose()
 
     async def get_images(self, request: web.Request) -> web.Response:
-        prefix = self.url_of(request)
-        return server.reply([image.to_json(prefix) for image in await self.newest_first()])
+        base = self.base_url(request)
+        return server.reply([image.meta_at(base) for image in await self.newest_first()])
 
     async def get_health(self, request: web.Request) -> web.Response:
         with redis_needed():
@@ -218,7 +218,7 @@ def decode(value: bytes) -> Image | Exception:
     """Return what was encoded."""
     line, _, jpeg = value.partition(b"\n")
     known = json.loads(line)
-    for error in (BadPhoto, WrongFormat, server.cv2.error):
+    for error in (BadPhoto, WrongFormat, MemoryError, server.cv2.error):
         if known.get("error") == error.__name__:
             return error(known["text"])
     return Image(0, jpeg, known)

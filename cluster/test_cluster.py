@@ -317,7 +317,7 @@ async def test_the_error_of_a_bad_photo_crosses(
 
 
 async def test_nothing_is_kept_of_what_nobody_can_ask_for(node: cluster.ClusterServer) -> None:
-    await node.start("detect", b"no photo", None, keep=False)
+    await node.start_job("detect", b"no photo", None, keep=False)
     assert isinstance(await node.get("detect"), BadPhoto)
     assert await node.redis.dbsize() == 0
 

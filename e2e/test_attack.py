@@ -443,6 +443,7 @@ NAMES = {
     b"filename=a.png; name=b": "a.png",
     b"filename=a.png\r\nContent-Type: image/png": "a.png",
     b"FileName*=a.png": "a.png",
+    b'filename="a;b.png"': "a;b.png",
     b'filename="\xff.png"': "\ufffd.png",
     b'filename="' + b"a" * 300 + b'"': "a" * 255,
 }
@@ -811,6 +812,7 @@ async def test_a_name_that_was_made_to_resolve_here_may_nothing(server: Server, 
         (["--host", "localhost"], 403),
         (["--host", "0.0.0.0"], 200),
         (["--public-url", "https://evil.test/app"], 200),
+        (["--public-url", "https://Evil.Test"], 200),  # browsers send a Host in lower case
     ],
 )
 async def test_which_names_are_its_own_depends_on_its_options(

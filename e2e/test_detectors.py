@@ -142,3 +142,16 @@ def test_another_cascade_can_be_used(tmp_path) -> None:
     data = ROOT.joinpath(cv2.data.haarcascades, "haarcascade_frontalface_alt2.xml").read_bytes()
     (tmp_path / "Gesichter, für alle.xml").write_bytes(data)
     assert server.load_detector(str(tmp_path / "Gesichter, für alle.xml"), 1)(ASTRONAUT)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), cv2.error("Insufficient memory")])
+async def test_a_photo_for_which_it_finds_no_memory_is_refused_for_now(
+    aiohttp_client, error: Exception
+) -> None:
+    def hungry(pixels: server.Pixels) -> list[server.Face]:
+        raise error
+
+    client = await aiohttp_client(server.create_app(detector=hungry))
+    answer = await client.post("/image", data=photos.ASTRONAUT)
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+    assert "memory" in (await answer.json())["detail"].lower()
