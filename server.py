@@ -436,7 +436,7 @@ class Server:
                     if self.uploaded > UPLOAD_MEMORY * limit:
                         raise web.HTTPServiceUnavailable(text="Too many uploads (--max-mb).")
         except TimeoutError:
-            raise web.HTTPRequestTimeout(text="It took too long (--upload-timeout).") from None
+            raise web.HTTPRequestTimeout(text="Too slow an upload (--upload-timeout).") from None
         finally:
             self.uploaded -= len(body)
 

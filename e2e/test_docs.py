@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import photos
 import pytest
 
 import server as faces
@@ -96,7 +97,6 @@ async def test_its_example_of_detected_faces_is_a_real_answer(server: str) -> No
 
 
 NOBODY = "00000000-0000-4000-8000-000000000000"
-HUGE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (20000).to_bytes(4) + (10000).to_bytes(4)
 
 
 def form(*photos: bytes) -> dict[str, Any]:
@@ -115,7 +115,7 @@ ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("no_photo", "POST", "/image", {"data": b"a poem"}),
     ("damaged", "POST", "/detect", {"data": ASTRONAUT.read_bytes()[:5000]}),
     ("too_large", "POST", "/image", {"data": io.BytesIO(bytes(21 * 2**20))}),
-    ("too_many_pixels", "POST", "/image", {"data": HUGE}),
+    ("too_many_pixels", "POST", "/image", {"data": photos.blank_png(20_000, 10_000)}),
     ("no_websocket", "GET", "/faces", {"headers": {"Host": "localhost:8282"}}),
 ]
 
@@ -127,6 +127,11 @@ async def test_its_examples_of_errors_are_real_answers(
     server: str, name: str, method: str, path: str, options: dict[str, Any]
 ) -> None:
     assert await answer(method, server + path, **options) == EXAMPLES[name]
+
+
+@pytest.mark.parametrize("name", ["upload_timeout", "queue_full", "memory", "max_clients"])
+async def test_its_other_examples_of_errors_are_texts_of_the_server(name: str) -> None:
+    assert f'"{EXAMPLES[name]["detail"]}"' in (ROOT / "server.py").read_text("utf-8")
 
 
 @pytest.mark.parametrize("file", ["README.md", "server.py"])
