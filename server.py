@@ -423,7 +423,7 @@ class Server:
         return f"{site}{request.app.router['index.html'].url_for()}"
 
     async def read_photo(self, request: web.Request) -> tuple[str | None, bytes]:
-        """Return filename and content of the photo in a body or its form."""
+        """Return filename and content of the photo in a body or its form. Raises an HTTPError."""
         config, limit, body = self.config, self.config.max_mb * 2**20, bytearray()
         try:
             async with asyncio.timeout(config.upload_timeout):
