@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from email.message import Message
 from email.parser import BytesHeaderParser
 from pathlib import Path
@@ -302,6 +302,7 @@ def lying_webp() -> bytes:
 TOO_LARGE = {
     "JPEG": photos.lying_jpeg(20_000, 20_000),
     "PNG": photos.blank_png(20_000, 20_000),
+    "PNG of 51 megapixels": photos.png(7300, 7000, b""),
     "PNG of 2^31": photos.png(2**31 - 1, 2**31 - 1, b""),
     "WebP": lying_webp(),
     "GIF": lying_gif(),
@@ -362,6 +363,12 @@ async def test_a_form_of_19_mb_of_anything_holds_nobody_up(
     assert healthy.longest < 1
 
 
+async def test_a_form_of_millions_of_lines_takes_no_memory(fresh: Server) -> None:
+    before = memory(fresh, "VmHWM")
+    assert (await ask(fresh, post(b"--\r\n" * 5_000_000, FORM))).says(400, "complete")
+    assert memory(fresh, "VmHWM") - before < 100
+
+
 OVER = bytes(20 * MIB + 1)
 
 
@@ -408,7 +415,12 @@ async def test_headers_that_trickle_are_cut_off(server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("preference", "status"),
-    [("Wait=10, Respond-Async; a=b", 202), ("x-respond-async", 201), ("respond-async-x", 201)],
+    [
+        ("Wait=10, Respond-Async; a=b", 202),
+        ("wait=10,respond-async", 202),
+        ("x-respond-async", 201),
+        ("respond-async-x", 201),
+    ],
 )
 async def test_a_preference_counts_by_its_whole_name(
     server: Server, preference: str, status: int
@@ -422,6 +434,14 @@ async def test_an_image_is_for_its_client_and_nothing_else_than_an_image(server:
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert "private" in answer.headers["Cache-Control"]  # a proxy must not keep it
     assert (await ask(server, get("/image"))).headers["Cache-Control"] == "no-cache"
+
+
+@pytest.mark.parametrize("what", ["Methods", "Headers"])
+async def test_an_allowed_page_may_put_a_photo_and_name_its_type(server: Server, what: str) -> None:
+    """Browsers ask before both."""
+    page = ("Origin: http://localhost", f"Access-Control-Request-{what}: ...")
+    answer = await ask(server, head("OPTIONS", "/image", *page))
+    assert answer.headers[f"Access-Control-Allow-{what}"] == "*"
 
 
 async def test_an_allowed_site_may_end_with_a_slash() -> None:
@@ -442,6 +462,7 @@ NAMES = {
     b'filename="a.png"': "a.png",
     b"filename=a.png; name=b": "a.png",
     b"filename=a.png\r\nContent-Type: image/png": "a.png",
+    b'filename="a.png\r\nContent-Type: image/png': "a.png",
     b"FileName*=a.png": "a.png",
     b'filename="a;b.png"': "a;b.png",
     b'filename="\xff.png"': "\ufffd.png",
@@ -488,6 +509,9 @@ async def test_uploads_take_no_more_memory_than_eight_bodies() -> None:
             clients[0].reset()
             while (await ask(server, post(large[:500]))).status == 503:
                 pass
+        for client in clients[1:]:  # they were in time
+            await client.send(large[cut:])
+            assert (await client.answer()).says(415)
 
 
 async def test_clients_that_leave_give_their_place_back() -> None:
@@ -502,7 +526,26 @@ async def test_clients_that_leave_give_their_place_back() -> None:
             assert (await ask(server, post(PHOTO))).says(201)
 
 
+async def test_a_photo_is_kept_even_if_its_client_leaves(server: Server) -> None:
+    """Somebody else may know its URL."""
+    photo = photos.png(7, 9, photos.zeros(250 * MIB))  # libpng reads them for half a second
+    async with connect(server) as client:
+        await client.send(post(photo))
+        await until(server, queued=1)
+        client.reset()
+        await until(server, queued=0)
+        assert json.loads((await ask(server, get("/image"))).body)[0]["width"] == 7
+
+
 # --- Photos that wait ---
+async def test_each_thread_has_its_own_queue() -> None:
+    slow = photos.png(9, 9, photos.zeros(250 * MIB))  # libpng reads them for half a second
+    with running("--threads", "2", "--queue", "1") as server:
+        answers = [await ask(server, post(slow, "Prefer: respond-async")) for _ in range(5)]
+        assert [answer.status for answer in answers] == [202] * 4 + [503]
+        await until(server, queued=0)
+
+
 async def test_a_hundred_large_photos_at_once_stay_within_memory() -> None:
     threads, megapixels = 2, 9
     photo = photos.photo_of(3000, 3000)
@@ -526,6 +569,13 @@ async def test_photos_that_were_refused_take_no_memory(fresh: Server) -> None:
         assert (await ask(fresh, post(photo, "Prefer: respond-async"))).status == 202
         await until(fresh, queued=0)
     assert memory(fresh, "VmRSS") - before < 150
+
+
+async def test_photos_that_are_refused_at_once_take_no_memory(fresh: Server) -> None:
+    before = memory(fresh, "VmHWM")
+    for _ in range(20):
+        assert (await ask(fresh, post(b"text" * (4 * MIB)))).says(415)
+    assert memory(fresh, "VmHWM") - before < 100
 
 
 async def test_photos_that_are_refused_never_drop_an_image(server: Server) -> None:
@@ -579,6 +629,20 @@ async def test_a_hundred_who_get_an_image_and_do_not_read_it_take_no_memory() ->
             assert memory(server, "VmRSS") - before < 30
             await asyncio.sleep(3)  # without progress: cut off
             assert len(await deaf[0].end()) < size
+
+
+async def test_who_pauses_for_a_moment_gets_the_whole_image(server: Server) -> None:
+    path = (await ask(server, post(ASTRONAUT))).headers["Location"].partition("localhost")[2]
+    async with connect(server, receive_buffer=2048) as slow:
+        await slow.send(get(path))
+        await asyncio.sleep(0.5)
+        assert (await slow.answer()).says(200)
+
+
+async def test_a_connection_that_is_not_used_is_closed() -> None:
+    with running("--upload-timeout", "1") as server:
+        async with connect(server) as idle, asyncio.timeout(10):
+            assert await idle.end() == b""
 
 
 async def ask_head(server: Server, path: str) -> Message:
@@ -722,6 +786,20 @@ async def test_more_connections_than_open_files_flood_no_log() -> None:
 
 
 # --- The stop ---
+async def test_it_can_be_stopped_as_soon_as_it_says_where_it_listens() -> None:
+    command = [sys.executable, str(ROOT / "server.py"), "--port", "0"]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert process.stdout
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            await process.stdout.readline()
+            process.terminate()
+            assert await process.wait() == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+
+
 async def test_at_the_stop_photos_are_finished_and_watchers_told(fresh: Server) -> None:
     photo = photos.photo_of(2000, 1500)
     async with contextlib.AsyncExitStack() as stack:
@@ -867,7 +945,7 @@ async def test_a_page_of_another_site_may_nothing(server: Server, origin: str) -
 # --- The start ---
 @pytest.mark.parametrize("options", [["--port", "70000"], ["--host", ""], ["--host", "a b"]])
 def test_where_it_cannot_listen_it_says_so(options: list[str]) -> None:
-    command = [sys.executable, str(ROOT / "server.py"), *options]
+    command = [sys.executable, str(ROOT / "server.py"), "--port", "0", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode != 0
     assert done.stdout == ""
@@ -913,3 +991,42 @@ server.main()
         finally:
             watchdog.cancel()
             process.terminate()
+
+
+@pytest.fixture
+def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Writes a program that runs the server after these lines."""
+
+    def changed(lines: str) -> Path:
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        program = tmp_path / "changed.py"
+        program.write_text(f"import socket\nimport server\n{lines}\nserver.main()")
+        return program
+
+    return changed
+
+
+def test_on_a_system_that_has_no_such_timeout_it_starts_too(changed) -> None:
+    """As macOS and Windows."""
+    with running(program=changed('vars(socket).pop("TCP_USER_TIMEOUT", None)')):
+        pass
+
+
+def test_where_others_may_come_in_it_says_at_which_address(changed) -> None:
+    route = 'socket.socket.connect = lambda probe, _: probe.bind(("127.0.0.1", 0))'
+    with running("--host", "0.0.0.0", program=changed(route)) as server:
+        assert server.url == f"http://127.0.0.1:{server.port}"
+
+
+async def test_a_watcher_is_pinged_before_a_proxy_drops_it(changed) -> None:
+    """They drop who is silent for 30 s; here, all is a hundred times as fast."""
+    hurry = """
+class Hurried(server.web.WebSocketResponse):
+    def __init__(self, heartbeat, **options):
+        assert heartbeat < 30
+        super().__init__(heartbeat=heartbeat / 100, **options)
+
+server.web.WebSocketResponse = Hurried"""
+    with running(program=changed(hurry)) as server:
+        async with watch(server) as client:
+            assert await client.frame() == (PING, b"")

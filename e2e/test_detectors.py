@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -49,6 +50,12 @@ def test_a_face_is_found_also_stretched(detector: server.Detector, size: tuple[i
     assert max((overlap(face, where) for face in found), default=0) > 0.5
 
 
+def test_a_face_that_fills_a_thumbnail_is_found_in_it() -> None:
+    """Enlarged to what the network sees of a photo, it is none."""
+    x, y, side, _ = FACE
+    assert DETECTORS["YuNet"](cv2.resize(ASTRONAUT[y : y + side, x : x + side], (16, 16)))
+
+
 @pytest.mark.parametrize("degrees", [-15, -10, -5, 5, 10, 15])
 def test_a_face_is_found_also_turned(detector: server.Detector, degrees: int) -> None:
     turn = cv2.getRotationMatrix2D((224, 113), degrees, 1)  # around the middle of the face
@@ -72,6 +79,14 @@ def test_a_photo_of_any_shape_is_searched(detector: server.Detector, size: tuple
         for face in detector(image):
             assert 0 <= face.x < face.x + face.width <= image.shape[1]
             assert 0 <= face.y < face.y + face.height <= image.shape[0]
+
+
+def test_in_a_narrow_photo_yunet_sees_nothing_of_infinite_size() -> None:
+    """How narrow, depends on what the memory held before."""
+    for height, width in itertools.product(range(4, 36, 4), (100, 300, 416, 640, 2000)):
+        for face in DETECTORS["YuNet"](np.zeros((height, width, 3), np.uint8)):
+            assert 0 <= face.x < face.x + face.width <= width
+            assert 0 <= face.y < face.y + face.height <= height
 
 
 @pytest.mark.parametrize("right, bottom", [(95, 110), (200, 102), (70, 472), (352, 79)])
