@@ -5,7 +5,7 @@
 # ///
 """A face detection server: post a photo, get it back with a box around each face.
 
-Start it, watch it in a second terminal, and post a photo in a third. The watcher gets its URL:
+Start it, watch it in a second terminal, post a photo in a third, and the watcher gets its URL:
 
     $ python server.py
     $ wscat -c ws://127.0.0.1:8282/faces
@@ -51,7 +51,7 @@ from aiohttp.typedefs import Handler
 STATIC = Path(__file__).parent / "static"  # the web page; the server also runs without it
 CASCADE = Path(cv2.__file__).with_name("data") / "haarcascade_frontalface_alt2.xml"
 
-FORMATS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # a photo's first bytes; OpenCV knows more
+FORMATS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # a photo's first bytes; OpenCV reads more
 MAX_PIXELS = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]  # in a photo
 SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is elsewhere only by chance
 MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 50 megapixels
@@ -258,9 +258,9 @@ class Image(NamedTuple):  # an annotated photo
 class Server:
     """The images, the watchers and the handlers. What a subclass may keep in Redis is async."""
 
-    def __init__(self, config: Config, detector: Detector) -> None:
-        self.config, self.detector = config, detector
-        self.pool = ThreadPoolExecutor(config.threads)
+    def __init__(self, config: Config, detector: Detector | None) -> None:
+        self.config, self.pool = config, ThreadPoolExecutor(config.threads)
+        self.detector = detector or load_detector(config.model, config.min_score)
         self.uploaded = 0  # bytes of the uploads under way
         self.jobs: dict[str, asyncio.Task[Any]] = {}  # photos waiting or in work, by id
         self.errors = OrderedDict[str, Exception]()  # of photos that failed, the oldest first
@@ -494,7 +494,7 @@ class Server:
     def check_site(self, request: web.Request) -> None:
         """Refuse other sites' pages: a browser in this network would let any of them in."""
         config, host = self.config, request.headers.get("Host", "")
-        public = re.sub("^.*//|/.*", "", config.public_url.lower()) or "?"  # which no host is
+        public = re.sub("^[^/]*//|/.*", "", config.public_url.lower()) or "?"  # which no host is
 
         # Anybody can make a name with a dot resolve to this machine (DNS rebinding).
         names = r"[\w-]+|[\d.]+" if config.host in ("127.0.0.1", "localhost") else r"[\w.-]+"
@@ -502,8 +502,8 @@ class Server:
             raise web.HTTPForbidden(text=f"{host!r} is not this machine (--host, --public-url).")
 
         origin = request.headers.get("Origin", f"//{host}")
-        allowed = {host, public} | {site.rstrip("/") for site in config.allow_origin}
-        if allowed.isdisjoint({origin, origin.partition("//")[2], "*"}):
+        allowed = {site.rstrip("/") for site in config.allow_origin}
+        if origin.partition("//")[2] not in (host, public) and allowed.isdisjoint({origin, "*"}):
             raise web.HTTPForbidden(text=f"Pages of {origin!r} may not use this (--allow-origin).")
 
     async def finish(self, app: web.Application) -> None:
@@ -538,7 +538,7 @@ def file_in_form(form: bytes) -> tuple[str, bytes]:
 def create_app(config: Config = Config(), detector: Detector | None = None) -> web.Application:
     """Return the server as an application. Raises OSError or ValueError if the model is invalid."""
     app = web.Application()
-    Server(config, detector or load_detector(config.model, config.min_score)).set_up(app)
+    Server(config, detector).set_up(app)
     return app
 
 
@@ -589,7 +589,7 @@ def main() -> None:
     config = Config(**vars(make_parser().parse_args()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # If open files run out, asyncio would say so a hundred times a second, and again at the stop.
-    logging.getLogger("asyncio").addFilter(lambda entry: not re.search("accept|serving", entry.msg))
+    logging.getLogger("asyncio").addFilter(lambda rec: not re.match(".*(accept|serving)", rec.msg))
     try:
         serve(create_app(config))
     except (AttributeError, OSError, OverflowError, ValueError) as error:  # OpenCV 5 lacks cascades

@@ -71,7 +71,7 @@ class ClusterServer(Server):
     """
 
     def __init__(
-        self, config: Config, detector: Detector, redis_url: str, keep_seconds: int
+        self, config: Config, detector: Detector | None, redis_url: str, keep_seconds: int
     ) -> None:
         super().__init__(config, detector)
         pool = BlockingConnectionPool.from_url(
@@ -237,7 +237,6 @@ def create_app(
 ) -> web.Application:
     """Return the server, with its images in Redis. Raises ValueError if the URL is invalid."""
     app = web.Application()
-    detector = detector or server.load_detector(config.model, config.min_score)
     faces = ClusterServer(config, detector, redis_url, keep_seconds)
     faces.set_up(app)
     app.cleanup_ctx.append(faces.stay_subscribed)

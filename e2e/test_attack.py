@@ -451,6 +451,13 @@ async def test_an_allowed_site_may_end_with_a_slash() -> None:
         assert (await ask(server, get("/health", "Origin: https://school.exampl"))).says(403)
 
 
+@pytest.mark.parametrize("site", ["", "school.example"])
+async def test_a_site_without_a_scheme_is_none_that_is_allowed(site: str) -> None:
+    with running("--allow-origin", site) as server:
+        for origin in ("null", "https://school.example"):
+            assert (await ask(server, get("/health", f"Origin: {origin}"))).says(403)
+
+
 async def test_what_is_around_a_form_is_ignored(server: Server) -> None:
     part = b'--b\r\nContent-Disposition: form-data; filename="a.png"\r\n\r\n' + PHOTO + b"\r\n"
     form = part + b"--b--\r\n"
@@ -891,6 +898,7 @@ async def test_a_name_that_was_made_to_resolve_here_may_nothing(server: Server, 
         (["--host", "0.0.0.0"], 200),
         (["--public-url", "https://evil.test/app"], 200),
         (["--public-url", "https://Evil.Test"], 200),  # browsers send a Host in lower case
+        (["--public-url", "https://evil.test/a//b"], 200),
     ],
 )
 async def test_which_names_are_its_own_depends_on_its_options(
@@ -969,30 +977,6 @@ def test_with_an_opencv_that_has_no_cascades_it_says_what_to_install() -> None:
     assert "requirements.txt" in done.stderr
 
 
-def test_without_a_network_it_starts_too() -> None:
-    """As in a machine that has no route to anywhere."""
-    start = """
-import socket, server
-
-def connect(*_):
-    raise OSError("Network is unreachable")
-
-socket.socket.connect = connect
-server.main()
-"""
-    command = [sys.executable, "-c", start, "--host", "0.0.0.0", "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
-        watchdog = threading.Timer(TIMEOUT, process.kill)
-        watchdog.start()
-        try:
-            assert process.stdout
-            process.stdout.readline()
-            assert b"http://0.0.0.0:" in process.stdout.readline()
-        finally:
-            watchdog.cancel()
-            process.terminate()
-
-
 @pytest.fixture
 def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """Writes a program that runs the server after these lines."""
@@ -1004,6 +988,32 @@ def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         return program
 
     return changed
+
+
+def test_without_a_network_it_starts_too(changed) -> None:
+    """As in a machine that has no route to anywhere."""
+    no_route = """
+def connect(*_):
+    raise OSError("Network is unreachable")
+
+socket.socket.connect = connect"""
+    with running("--host", "0.0.0.0", program=changed(no_route)) as server:
+        assert server.url == f"http://0.0.0.0:{server.port}"
+
+
+def test_what_asyncio_says_of_other_faults_is_logged(changed) -> None:
+    """Also if the name of a coroutine or a folder is like what it says too often."""
+    fault = """
+import logging
+
+def serve(_):
+    logging.getLogger("asyncio").error("A task failed\\ncoro=<accept() in /serving/server.py>")
+
+server.serve = serve"""
+    done = subprocess.run(
+        [sys.executable, changed(fault)], capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert (done.returncode, "A task failed" in done.stderr) == (0, True)
 
 
 def test_on_a_system_that_has_no_such_timeout_it_starts_too(changed) -> None:
