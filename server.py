@@ -3,27 +3,13 @@
 # requires-python = ">=3.11"
 # dependencies = ["aiohttp==3.14.5", "numpy==2.4.6", "opencv-python-headless==4.14.0.94"]
 # ///
-"""A face detection server: post a photo, get it back with a box around each face.
-
-Start it, watch it in a second terminal, post a photo in a third, and the watcher gets its URL:
-
-    $ python server.py
-    $ wscat -c ws://127.0.0.1:8282/faces
-    $ curl -F image=@samples/astronaut.jpg http://127.0.0.1:8282/image
-    {
-      "id": "4cfda8d0-543f-494c-a3b1-e8d8691887ab",
-      "url": "http://127.0.0.1:8282/image/4cfda8d0-543f-494c-a3b1-e8d8691887ab",
-      "filename": "astronaut.jpg",
-      "width": 512,
-      "height": 512,
-      "faces": [{"x": 172, "y": 63, "width": 102, "height": 102, "score": 42}],
-      "took_ms": 24
-    }
-"""
+"""A face detection server: post a photo, get it back with a box around each face."""
+# The story comes first: what the server does, up to create_app(). A teacher shows this part.
+# Then, what keeps a hostile client from hurting others: read on there when the story calls it.
+# Last, start and stop: the command line, listening, the goodbye.
 
 import argparse
 import asyncio
-import inspect
 import json
 import logging
 import os
@@ -33,74 +19,61 @@ import sys
 import threading
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")  # OpenCV reads it on import
+# OpenCV reads this limit when it is imported.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")
 
 import cv2
 import numpy as np
-from aiohttp import web
+from aiohttp import WSCloseCode, WSMsgType, web
 from aiohttp.typedefs import Handler
 
-STATIC = Path(__file__).parent / "static"  # the web page; the server also runs without it
-CASCADE = Path(cv2.__file__).with_name("data") / "haarcascade_frontalface_alt2.xml"
-
-FORMATS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # a photo's first bytes; OpenCV reads more
-MAX_PIXELS = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]  # in a photo
-SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is elsewhere only by chance
-MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 50 megapixels
-PNG_CHUNKS = (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND")  # of a still picture
-
-HAAR_SMALLEST = 33  # px, the side of the smallest window; the face in it is smaller
-HAAR_PART = 38  # or 1/38 of the photo's longer side, if that is more: a large photo costs no more
-HAAR_WINDOWS = 1000  # the most that are grouped, in quadratic time; only textures have more
-HAAR_SCORE = 9  # windows that a face needs in its close views; one more or less changes little
-YUNET_SIDE = 416  # px, the longer side that the network sees, in 0.4 of the time of 640 px
-YUNET_SHORTEST = 64  # px; with a shorter side the network finds boxes of infinite size
-YUNET_SCORE = 0.7  # of 1, that a face needs
-
-UPLOAD_MEMORY = 8  # times --max-mb: what all uploads under way may hold
-MAX_ERRORS = 1000  # photos whose error is kept, so that a GET can tell it
-
 log = logging.getLogger("faces")
-SERVER: web.AppKey["Server"] = web.AppKey("SERVER")
-Pixels = np.ndarray  # BGR, (height, width, 3), uint8
-Detector = Callable[[Pixels], list["Face"]]
-Meta = dict[str, Any]  # what is known of a photo, ready for JSON
+Json = dict[str, Any]
+T = TypeVar("T")
+
+
+# --- The settings ---
+def option(default: T, explanation: str) -> T:
+    """Return a field of Config with its default, and what --help says of it."""
+    return field(default=default, metadata={"help": explanation})
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings. Each is an option of the command line, and the comment on it is its help."""
+    """The settings. Each is an option of the command line."""
 
-    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines in
-    port: int = 8282  # port to listen on; 0 takes a free one
-    public_url: str = ""  # URL of this server behind a proxy
-    allow_origin: tuple[str, ...] = ()  # site whose pages may use it, or *; may be repeated
-    keep: int = 100  # images to keep
-    keep_mb: int = 128  # MiB of images to keep
-    max_mb: int = 20  # MiB of the largest body
-    upload_timeout: int = 40  # seconds for an upload, and for a client to take what it asked for
-    threads: int = os.cpu_count() or 1  # photos at a time
-    queue: int = 8  # photos that may wait for each thread
-    max_clients: int = 500  # watchers at a time
-    model: str = ""  # YuNet network (.onnx) or cascade (.xml)
-    min_score: float = 0.0  # score that a face needs; 0 means 9, with YuNet 0.7
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
+    port: int = option(8282, "port to listen on; 0 takes a free one")
+    public_url: str = option("", "URL of this server behind a proxy")
+    allow_origin: tuple[str, ...] = option((), "site whose pages may use it, or *; repeatable")
+    keep: int = option(100, "images to keep")
+    keep_mb: int = option(128, "MiB of images to keep")
+    max_mb: int = option(20, "MiB of the largest body")
+    upload_timeout: int = option(40, "seconds for an upload, and for a client that does not read")
+    threads: int = option(os.cpu_count() or 1, "photos to work on at a time")
+    queue: int = option(8, "photos that may wait for each thread")
+    max_clients: int = option(500, "watchers at a time")
+    model: str = option("", "YuNet network (.onnx) or cascade (.xml)")
+    min_score: float = option(0.0, "score that a face needs; 0 means 9, with YuNet 0.7")
 
 
-# --- The photo: bytes in, bytes out, no HTTP ---
+# --- A photo: bytes in, bytes out ---
+Pixels = np.ndarray  # BGR, (height, width, 3), uint8
+Detector = Callable[[Pixels], list["Face"]]
+JPEG = [cv2.IMWRITE_JPEG_QUALITY, 90]
+
+
 class BadPhoto(Exception):
     """The photo cannot be used; the text says why."""
-
-
-class WrongFormat(BadPhoto):
-    """It is not a JPEG, PNG, WebP or GIF."""
 
 
 class Face(NamedTuple):
@@ -113,77 +86,65 @@ class Face(NamedTuple):
     score: float
 
 
-def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[bytes, Meta]:
-    """Find the faces in a photo, and draw a box around each. Many threads may do so at once.
+def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[bytes, Json]:
+    """Draw a box around each face in a photo; return the JPEG (b"" unless drawn), and the boxes.
 
-    Returns JPEG (b"" unless drawn) and Meta. Raises BadPhoto; MemoryError or cv2.error (no memory).
+    Many threads may do so at once. Raises BadPhoto; MemoryError or cv2.error if memory runs out.
     """
     pixels = decode(photo)
     height, width, _ = pixels.shape
     faces = detector(pixels)
-    meta = {"width": width, "height": height, "faces": [face._asdict() for face in faces]}
+    found = {"width": width, "height": height, "faces": [face._asdict() for face in faces]}
     if not drawn:
-        return b"", meta
+        return b"", found
 
     draw(pixels, faces)
-    encoded, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
+    encoded, jpeg = cv2.imencode(".jpg", pixels, JPEG)
     if not encoded:
         raise BadPhoto("A side is over 65,500 pixels, too long for a JPEG.")
-    return jpeg.tobytes(), meta
+    return jpeg.tobytes(), found
 
 
 def decode(photo: bytes) -> Pixels:
-    """Decode a photo, and turn it upright. Raises as annotate()."""
-    if not photo.startswith(FORMATS):
-        raise WrongFormat("This is not a JPEG, PNG, WebP or GIF (iPhone: Most Compatible).")
-    if photo.startswith(b"\x89PNG"):
-        photo = still_png(photo)
-    if photo.count(SCAN) > MAX_SCANS:
-        raise BadPhoto(f"The photo has over {MAX_SCANS} scans.")
-
+    """Decode a photo, and turn it upright. Raises what annotate() raises."""
+    photo = make_harmless(photo)
     try:
         pixels = cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
         if error.code == cv2.Error.StsNoMem:
             raise
-        raise BadPhoto(f"Over {MAX_PIXELS} pixels (OPENCV_IO_MAX_IMAGE_PIXELS).") from None
+        limit = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]
+        raise BadPhoto(f"Over {limit} pixels (OPENCV_IO_MAX_IMAGE_PIXELS).") from None
     if pixels is None:
         raise BadPhoto("The photo is damaged or cut short.")
     return pixels
 
 
-def still_png(png: bytes) -> bytes:
-    """Keep only what a still picture needs: on other chunks, OpenCV crashes or takes gigabytes."""
-    kept, at = bytearray(png[:8]), 8  # the signature
-    while at < len(png):
-        end = at + 12 + int.from_bytes(png[at : at + 4])  # length, type, data, checksum
-        if png[at + 4 : at + 8] in PNG_CHUNKS and end <= len(png):
-            kept += png[at:end]
-        at = end
-    return bytes(kept)
-
-
 def draw(pixels: Pixels, faces: list[Face]) -> None:
     """Draw a box around each face: green with a black edge, to stand out on any photo."""
-    line = max(2, max(pixels.shape) // 250)  # px; on a large photo more, to look the same
+    thickness = max(2, max(pixels.shape) // 250)  # pixels; more on a large photo
     for *box, _ in faces:
-        cv2.rectangle(pixels, box, (0, 0, 0), 2 * line)
-        cv2.rectangle(pixels, box, (0, 255, 0), line)
+        cv2.rectangle(pixels, box, (0, 0, 0), 2 * thickness)
+        cv2.rectangle(pixels, box, (0, 255, 0), thickness)
 
 
 # --- The detectors ---
-class HaarDetector(threading.local):  # runs __init__ in each thread: no cascade is thread-safe
-    """Find frontal faces with a Haar cascade (Viola and Jones, 2001); a score counts windows."""
+CASCADE = Path(cv2.__file__).with_name("data") / "haarcascade_frontalface_alt2.xml"
+HAAR_SMALLEST = 33  # pixels, the side of the smallest window that is searched
+HAAR_PART = 38  # or 1/38 of the photo's longer side, if that is more: a large photo costs no more
+HAAR_WINDOWS = 1000  # the most that are grouped, in quadratic time; only textures have more
+HAAR_SCORE = 9  # windows that a face needs in its close views
+
+
+class HaarDetector(threading.local):
+    """Find frontal faces with a Haar cascade (Viola and Jones, 2001); a score counts windows.
+
+    Each thread has a cascade of its own: OpenCV lets no two threads use one at a time.
+    """
 
     def __init__(self, file: Path, min_score: float) -> None:
+        self.cascade = load_cascade(file)
         self.min_score = min_score or HAAR_SCORE
-        self.cascade = cv2.CascadeClassifier()
-        text = file.read_text("latin-1")  # OpenCV cannot open every path
-        with suppress(SystemError, cv2.error):  # another file leaves the cascade empty
-            storage = cv2.FileStorage(text, cv2.FILE_STORAGE_MEMORY)
-            self.cascade.read(storage.getFirstTopLevelNode())
-        if self.cascade.empty():
-            raise ValueError(f"{file} is not a cascade")
 
     def __call__(self, pixels: Pixels) -> list[Face]:
         # Shrink the photo until its smallest windows are as large as those of the cascade.
@@ -193,23 +154,33 @@ class HaarDetector(threading.local):  # runs __init__ in each thread: no cascade
         size = [int(np.ceil(side / shrink)) for side in (width, height)]
         gray = cv2.cvtColor(cv2.resize(pixels, size), cv2.COLOR_BGR2GRAY)
 
-        # Scan in coarse steps, and group the windows whose edges are within 0.4 of a side. OpenCV's
-        # threads find them in any order, hence sorted(); it drops groups of one, hence * 2.
-        windows = sorted(map(tuple, self.cascade.detectMultiScale(gray, 1.4, 0)))
-        boxes, _ = cv2.groupRectangles(windows[:HAAR_WINDOWS] * 2, 1, 0.4)
-
-        # Look in fine steps at the box of each group and at its mirror image: a face is one there
-        # too, while a chance likeness often is not. All views are 1.4 boxes wide, scaled to 45 px.
         faces = []
-        for x, y, side, _ in boxes:
-            middle, around = (x + side / 2, y + side / 2), side * 7 // 5
-            view = cv2.resize(cv2.getRectSubPix(gray, (around, around), middle), (45, 45))
-            views = view, cv2.flip(view, 1)
-            score = sum(len(self.cascade.detectMultiScale(each, 1.05, 0)) for each in views)
+        for x, y, side, _ in self.propose(gray):
+            score = self.look_closely(gray, x, y, side)
             if score >= self.min_score:
                 x, y, side = (round(each * shrink) for each in (x, y, side))
                 faces.append(Face(x, y, min(side, width - x), min(side, height - y), score))
         return faces
+
+    def propose(self, gray: np.ndarray) -> Sequence[Sequence[int]]:
+        """Scan in coarse steps, and group the windows whose edges are within 0.4 of a side."""
+        windows = [tuple(window) for window in self.cascade.detectMultiScale(gray, 1.4, 0)]
+        windows.sort()  # OpenCV's threads find them in any order
+        twice = windows[:HAAR_WINDOWS] * 2  # OpenCV drops a group of one
+        boxes, _ = cv2.groupRectangles(twice, 1, 0.4)
+        return boxes
+
+    def look_closely(self, gray: np.ndarray, x: int, y: int, side: int) -> int:
+        """Count the windows around a box and in its mirror image, where a face is one too."""
+        middle, around = (x + side / 2, y + side / 2), side * 7 // 5
+        view = cv2.resize(cv2.getRectSubPix(gray, (around, around), middle), (45, 45))
+        views = view, cv2.flip(view, 1)
+        return sum(len(self.cascade.detectMultiScale(each, 1.05, 0)) for each in views)
+
+
+YUNET_SIDE = 416  # pixels, the longer side of what the network sees
+YUNET_SHORTEST = 64  # pixels; with a shorter side it finds boxes of infinite size
+YUNET_SCORE = 0.7  # of 1, that a face needs
 
 
 class YuNetDetector(threading.local):
@@ -244,329 +215,538 @@ def load_detector(model: str = "", min_score: float = 0) -> Detector:
     return HaarDetector(Path(model or CASCADE), min_score)
 
 
-# --- The server: what it holds, and how it answers ---
-class Image(NamedTuple):  # an annotated photo
-    finished: float  # seconds since 1970
+# --- The images that are kept ---
+@dataclass(frozen=True)
+class Image:
+    """An annotated photo."""
+
+    id: str
+    filename: str | None
     jpeg: bytes
-    meta: Meta  # "url" is empty here, since each client may reach the server by another URL
+    found: Json  # its width, height, faces and took_ms
+    created: float  # seconds since 1970
 
-    def meta_at(self, base: str) -> Meta:
-        """Return its Meta with its URL, for a client who reaches the server by this base URL."""
-        return self.meta | {"url": f"{base}image/{self.meta['id']}"}
+    def describe(self, base: str) -> Json:
+        """Return all but the JPEG, for a client who knows the server by this base URL."""
+        url = f"{base}image/{self.id}"
+        return {"id": self.id, "url": url, "filename": self.filename} | self.found
 
 
-class Server:
-    """The images, the watchers and the handlers. What a subclass may keep in Redis is async."""
+class ImageStore:
+    """Images in memory. Beyond its limits, the least recently used goes first."""
 
-    def __init__(self, config: Config, detector: Detector | None) -> None:
-        self.config, self.pool = config, ThreadPoolExecutor(config.threads)
-        self.detector = detector or load_detector(config.model, config.min_score)
-        self.uploaded = 0  # bytes of the uploads under way
-        self.jobs: dict[str, asyncio.Task[Any]] = {}  # photos waiting or in work, by id
-        self.errors = OrderedDict[str, Exception]()  # of photos that failed, the oldest first
+    def __init__(self, keep: int, keep_mb: int) -> None:
+        self.keep, self.keep_mb = keep, keep_mb
         self.images = OrderedDict[str, Image]()  # the least recently used first
         self.size = 0  # bytes of their JPEGs
-        self.watchers: dict[web.WebSocketResponse, tuple[str, bool]] = {}  # base URL, wants JSON
 
-    # --- The store ---
-    async def put(self, id: str, image: Image) -> None:
-        """Keep an image; drop the least recently used beyond the limits, but never this one."""
-        self.images[id] = image
+    async def put(self, image: Image) -> None:
+        """Keep an image; others go if there is no room, but never this one."""
+        self.images[image.id] = image
         self.size += len(image.jpeg)
-        room = self.config.keep_mb * 2**20
-        while len(self.images) > 1 and (len(self.images) > self.config.keep or self.size > room):
-            self.size -= len(self.images.popitem(last=False)[1].jpeg)
+        room = self.keep_mb * 2**20
+        while len(self.images) > 1 and (len(self.images) > self.keep or self.size > room):
+            _, dropped = self.images.popitem(last=False)
+            self.size -= len(dropped.jpeg)
 
-    async def get(self, id: str) -> Any:
-        """Return a photo's Image, Meta or error, once it is known; None if there is none."""
-        if id in self.jobs:
-            return await self.jobs[id]  # shield get(), or a client that leaves cancels the job
-        if id in self.images:
-            self.images.move_to_end(id)
-        return self.images.get(id) or self.errors.get(id)
+    async def get(self, image_id: str) -> Image | None:
+        """Return an image, which counts as a use of it."""
+        if image_id in self.images:
+            self.images.move_to_end(image_id)
+        return self.images.get(image_id)
 
-    # --- The photos under way, and the watchers ---
-    async def start_job(self, id: str, photo: bytes, name: str | None, keep: bool) -> None:
-        """Start to annotate a photo; from now on, get() waits for it."""
-        self.jobs[id] = asyncio.create_task(self.run_job(id, photo, name, keep))
+    async def newest(self) -> list[Image]:
+        """Return all images, the newest first."""
+        return sorted(self.images.values(), key=lambda image: image.created, reverse=True)
 
-    async def run_job(self, id: str, photo: bytes, name: str | None, keep: bool) -> Any:
-        """Annotate a photo, keep and announce it. Returns its Image or Meta, or its error."""
-        start, loop = time.monotonic(), asyncio.get_running_loop()
-        try:
-            jpeg, meta = await loop.run_in_executor(self.pool, annotate, photo, self.detector, keep)
-            meta["took_ms"] = round((time.monotonic() - start) * 1000)  # with the wait for a thread
-            if not keep:
-                return meta
-            image = Image(time.time(), jpeg, {"id": id, "url": "", "filename": name, **meta})
-            await self.put(id, image)
-            await self.announce(image)
-            log.info("%r: %d faces in %d ms", name, len(meta["faces"]), meta["took_ms"])
-            return image
-        except (BadPhoto, MemoryError, cv2.error) as error:
-            # A copy, since the traceback of the original keeps the photo.
-            self.errors[id] = type(error)(*error.args)
-            if len(self.errors) > MAX_ERRORS:
-                self.errors.popitem(last=False)
-            return self.errors[id]
-        finally:
-            del self.jobs[id]
-
-    async def announce(self, image: Image) -> None:
-        """Send the URL of an image to every watcher, and wait for none of them."""
-        for ws, (base, as_json) in self.watchers.items():
-            meta = image.meta_at(base)
-            with suppress(ConnectionError):  # it is leaving
-                await ws.send_str(json.dumps(meta) if as_json else meta["url"])
-
-    # --- The handlers ---
-    def set_up(self, app: web.Application) -> None:
-        """Give an application the routes of this server, its errors and its goodbye."""
-        app[SERVER] = self
-        app.middlewares.append(self.explain_errors)
-        app.on_shutdown.append(self.finish)
-        routes = [
-            web.get("/", self.get_page, name="index.html"),  # the file of that name in STATIC
-            web.get("/docs", self.get_page, name="docs.html"),
-            web.get("/openapi.json", self.get_page, name="openapi.json"),
-            web.get("/faces", self.get_faces),  # websocket: the URL of each new image
-            web.post("/image", self.post_image),  # annotate a photo, keep it, and announce it
-            web.put("/image", self.post_image),  # the same, for curl -T
-            web.get("/image", self.get_images),  # the JSON of every image, the newest first
-            web.get("/image/{id}", self.get_image),  # the JPEG, as soon as it is done
-            web.get("/image/{id}/meta", self.get_image),  # its JSON
-            web.post("/detect", self.post_detect),  # find the faces in a photo, and keep nothing
-            web.get("/health", self.get_health),  # what the server holds
-        ]
-        app.add_routes(routes)
-        if STATIC.is_dir():
-            app.router.add_static("/static", STATIC)
-
-    async def get_page(self, request: web.Request) -> web.StreamResponse:
-        page = STATIC / str(request.match_info.route.name)
-        wants_page = "text/html" in request.headers.get("Accept", "")
-        if page.exists() and (wants_page or page.name != "index.html"):
-            return web.FileResponse(page)
-        address = self.base_url(request).partition("//")[2]
-        return web.Response(text=str(__doc__).replace("127.0.0.1:8282/", address))  # for curl
-
-    async def get_faces(self, request: web.Request) -> web.WebSocketResponse:
-        ws = web.WebSocketResponse(
-            heartbeat=25,  # seconds; proxies drop a connection that is silent for 30 to 60
-            autoping=False,  # the loop below answers pings, and slows a flood of them
-            max_msg_size=1025,  # bytes: 1 KiB may come, though nobody reads it
-            compress=False,  # it would take 256 KiB a watcher
-            writer_limit=sys.maxsize,  # send_str() never waits
-        )
-        if not ws.can_prepare(request):
-            text = f"This is a websocket: wscat -c ws://{request.host}{request.path}"
-            raise web.HTTPUpgradeRequired(text=text, headers={"Upgrade": "websocket"})
-        if len(self.watchers) >= self.config.max_clients:
-            raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
-
-        await ws.prepare(request)
-        self.watchers[ws] = self.base_url(request), request.query.get("format") == "json"
-        try:
-            async for message in ws:
-                if message.type is web.WSMsgType.PING:
-                    await ws.pong(message.data)
-                await asyncio.sleep(0.005)  # whoever floods the server waits
-        finally:
-            del self.watchers[ws]
-        return ws
-
-    async def post_image(self, request: web.Request) -> web.Response:
-        id, (name, photo) = str(uuid.uuid4()), await self.read_photo(request)
-        await self.start_job(id, photo, name, keep=True)
-        url = f"{self.base_url(request)}image/{id}"
-        headers = {"Location": url}
-        if "respond-async" in re.split("[ ,;]+", request.headers.get("Prefer", "").lower()):
-            headers["Preference-Applied"] = "respond-async"
-            return reply({"id": id, "url": url}, status=202, headers=headers)
-        image = await self.result_of(id)
-        return reply(image.meta | {"url": url}, status=201, headers=headers)
-
-    async def get_images(self, request: web.Request) -> web.Response:
-        base, images = self.base_url(request), self.images.values()
-        newest_first = sorted(images, key=lambda image: -image.finished)
-        return reply([image.meta_at(base) for image in newest_first])
-
-    async def get_image(self, request: web.Request) -> web.Response:
-        image = await self.result_of(request.match_info["id"])
-        if request.path.endswith("/meta"):
-            return reply(image.meta_at(self.base_url(request)))
-
-        # 64 KiB at a time, as aiohttp would copy the whole image for a client that does not read.
-        async def pieces() -> AsyncIterator[bytes]:
-            for at in range(0, len(image.jpeg), 2**16):
-                yield image.jpeg[at : at + 2**16]
-
-        headers = {
-            "Cache-Control": "private, max-age=31536000, immutable",
-            "Content-Length": str(len(image.jpeg)),
-            "X-Content-Type-Options": "nosniff",
-        }
-        return web.Response(body=pieces(), headers=headers, content_type="image/jpeg")
-
-    async def post_detect(self, request: web.Request) -> web.Response:
-        id, (_, photo) = str(uuid.uuid4()), await self.read_photo(request)
-        await self.start_job(id, photo, None, keep=False)
-        return reply(await self.result_of(id))
-
-    async def get_health(self, request: web.Request) -> web.Response:
-        held = {"images": len(self.images), "bytes": self.size, "queued": len(self.jobs)}
-        return reply({"status": "ok", "clients": len(self.watchers)} | held)
-
-    def base_url(self, request: web.Request) -> str:
-        """Return the URL by which this client reaches the server, with a slash at its end."""
-        site = self.config.public_url.rstrip("/") or f"{request.scheme}://{request.host}"
-        return f"{site}{request.app.router['index.html'].url_for()}"
-
-    async def read_photo(self, request: web.Request) -> tuple[str | None, bytes]:
-        """Return filename and content of the photo in a body or its form. Raises an HTTPError."""
-        config, limit, body = self.config, self.config.max_mb * 2**20, bytearray()
-        try:
-            async with asyncio.timeout(config.upload_timeout):
-                async for piece in request.content.iter_any():
-                    body += piece
-                    self.uploaded += len(piece)
-                    if len(body) > limit:
-                        text = f"The body is over {config.max_mb} MiB (--max-mb)."
-                        raise web.HTTPRequestEntityTooLarge(limit, text=text)
-                    if self.uploaded > UPLOAD_MEMORY * limit:
-                        raise web.HTTPServiceUnavailable(text="Too many uploads (--max-mb).")
-        except TimeoutError:
-            raise web.HTTPRequestTimeout(text="Too slow an upload (--upload-timeout).") from None
-        finally:
-            self.uploaded -= len(body)
-
-        # Only now, as the queue may have filled during the upload.
-        if len(self.jobs) >= config.threads * (1 + config.queue):
-            raise web.HTTPServiceUnavailable(text="Too many photos wait (--queue).")
-
-        is_form = request.content_type == "multipart/form-data"
-        name, photo = file_in_form(bytes(body)) if is_form else (None, bytes(body))
-        # curl labels -d and --data-binary alike, but -d has stripped the NULs: no photo any more.
-        if not photo or (request.content_type.endswith("urlencoded") and b"\0" not in photo):
-            raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
-        return name, photo
-
-    async def result_of(self, id: str) -> Any:
-        """Return the Image or Meta of a photo, once known. Raises an HTTPError if there is none."""
-        result = await asyncio.shield(self.get(id))  # the work goes on even if this client leaves
-        if result is None:
-            raise web.HTTPNotFound(text="There is no such image (any more: --keep, --keep-mb).")
-        if isinstance(result, WrongFormat):
-            raise web.HTTPUnsupportedMediaType(text=str(result))
-        if isinstance(result, BadPhoto):
-            raise web.HTTPUnprocessableEntity(text=str(result))
-        if isinstance(result, Exception):  # for want of memory
-            raise web.HTTPServiceUnavailable(text=str(result) or "Memory ran out.")
-        return result
-
-    # --- Before and after the handlers ---
-    @web.middleware
-    async def explain_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Send each error as a problem document (RFC 9457), aiohttp's own too, and log it."""
-        try:
-            self.check_site(request)
-            # Browsers ask by OPTIONS whether a page may post.
-            response = web.Response() if request.method == "OPTIONS" else await handler(request)
-        except web.HTTPError as error:
-            method, path, status, detail = request.method, request.path, error.status, error.text
-            if error is request.match_info.http_exception:  # no such path or method
-                detail = f"There is no {method} {request.raw_path}; GET / tells what there is."
-            if status == 503:
-                error.headers["Retry-After"] = "1"
-            log.info("%s %s %r: %d %s", request.remote, method, path, status, detail)
-
-            # Not raised: a raised error and its traceback form a cycle that keeps the photo.
-            problem = {"title": error.reason, "status": status, "detail": detail}
-            kind = "application/problem+json"
-            del error.headers["Content-Type"]
-            response = reply(problem, status=status, headers=error.headers, content_type=kind)
-
-        for name in ("Origin", "Methods", "Headers"):  # safe: others' pages get only a refusal
-            response.headers[f"Access-Control-Allow-{name}"] = "*"
-        response.headers.setdefault("Cache-Control", "no-cache")  # else browsers keep old pages
-        return response
-
-    def check_site(self, request: web.Request) -> None:
-        """Refuse other sites' pages: a browser in this network would let any of them in."""
-        config, host = self.config, request.headers.get("Host", "")
-        public = re.sub("^[^/]*//|/.*", "", config.public_url.lower()) or "?"  # which no host is
-
-        # Anybody can make a name with a dot resolve to this machine (DNS rebinding).
-        names = r"[\w-]+|[\d.]+" if config.host in ("127.0.0.1", "localhost") else r"[\w.-]+"
-        if host != public and not re.fullmatch(rf"({names}|\[[\w:.]+\])(:\d+)?", host):
-            raise web.HTTPForbidden(text=f"{host!r} is not this machine (--host, --public-url).")
-
-        origin = request.headers.get("Origin", f"//{host}")
-        allowed = {site.rstrip("/") for site in config.allow_origin}
-        if origin.partition("//")[2] not in (host, public) and allowed.isdisjoint({origin, "*"}):
-            raise web.HTTPForbidden(text=f"Pages of {origin!r} may not use this (--allow-origin).")
-
-    async def finish(self, app: web.Application) -> None:
-        """Finish the photos under way, then say goodbye to the watchers."""
-        if self.jobs:
-            await asyncio.wait(self.jobs.values(), timeout=4)  # s; Docker kills after 10
-        await asyncio.gather(*(ws.close(code=1001, drain=False) for ws in self.watchers))
+    async def count(self) -> Json:
+        """Return how many images there are, and the bytes of their JPEGs."""
+        return {"images": len(self.images), "bytes": self.size}
 
 
-def reply(data: Any, **options: Any) -> web.Response:
-    """Return JSON that people can read in a terminal."""
-    return web.json_response(text=json.dumps(data, indent=2) + "\n", **options)
+# --- What the application holds, and whom it tells ---
+class Watcher(NamedTuple):
+    """Somebody at the websocket."""
+
+    base: str  # the URL by which they know the server
+    wants_json: bool
+    transport: asyncio.Transport
 
 
-def file_in_form(form: bytes) -> tuple[str, bytes]:
-    """Return name and content of the file in a form (RFC 7578). Raises HTTPBadRequest."""
-    # By hand: a preamble of short lines keeps aiohttp's reader, and so everybody, busy for seconds.
+Annotate = Callable[[web.Application, str | None, bytes], Coroutine[Any, Any, Image]]
+
+CONFIG = web.AppKey("CONFIG", Config)
+DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
+THREADS = web.AppKey("THREADS", ThreadPoolExecutor)
+ANNOTATE: web.AppKey[Annotate] = web.AppKey("ANNOTATE")
+IMAGES = web.AppKey("IMAGES", ImageStore)
+WATCHERS: web.AppKey[dict[web.WebSocketResponse, Watcher]] = web.AppKey("WATCHERS")
+
+
+async def announce(app: web.Application, image: Image) -> None:
+    """Send the URL of an image, or its JSON, to every watcher."""
+    # While one is sent to, others come and go; so the loop needs a copy.
+    for websocket, watcher in list(app[WATCHERS].items()):
+        cut_off_if_deaf(watcher.transport)
+        description = image.describe(watcher.base)
+        text = json.dumps(description) if watcher.wants_json else description["url"]
+        with suppress(ConnectionError):  # it has just left
+            await websocket.send_str(text)
+
+
+async def get_faces(request: web.Request) -> web.WebSocketResponse:
+    """GET /faces: a websocket that gets the URL of each new image; by ?format=json, its JSON."""
+    websocket, watchers = make_websocket(), request.app[WATCHERS]
+    if not websocket.can_prepare(request):
+        text = f"This is a websocket: wscat -c ws://{request.host}{request.path}"
+        raise web.HTTPUpgradeRequired(text=text, headers={"Upgrade": "websocket"})
+    if len(watchers) >= request.app[CONFIG].max_clients:
+        raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
+
+    await websocket.prepare(request)
+    assert request.transport
+    wants_json = request.query.get("format") == "json"
+    watchers[websocket] = Watcher(base_url(request), wants_json, request.transport)
+    try:
+        await listen(websocket, request.transport)
+    finally:
+        del watchers[websocket]
+    return websocket
+
+
+# --- The handlers, in the order in which a user meets them ---
+USAGE = """A face detection server: post a photo, get it back with a box around each face.
+
+Watch, in one terminal:  wscat -c ws://{address}/faces
+Post, in another one:    curl -F image=@samples/astronaut.jpg http://{address}/image
+"""
+STATIC = Path(__file__).parent / "static"  # the page; the server also runs without it
+
+
+async def get_home(request: web.Request) -> web.StreamResponse:
+    """GET /: the page in a browser, and for curl the commands to try."""
+    page = STATIC / "index.html"
+    if page.exists() and "text/html" in request.headers.get("Accept", ""):
+        return web.FileResponse(page)
+    address = base_url(request).partition("//")[2].rstrip("/")
+    return web.Response(text=USAGE.format(address=address))
+
+
+async def post_image(request: web.Request) -> web.Response:
+    """POST /image: annotate a photo, keep the image, announce it, and answer with its JSON."""
+    filename, photo = await read_photo(request)
+    image = await run_job(request.app, request.app[ANNOTATE](request.app, filename, photo))
+    description = image.describe(base_url(request))
+    return reply(description, status=201, headers={"Location": description["url"]})
+
+
+async def make_image(app: web.Application, filename: str | None, photo: bytes) -> Image:
+    """Annotate a photo, keep the image, and announce it."""
+    jpeg, found = await run_in_thread(app, photo, drawn=True)
+    image = Image(str(uuid.uuid4()), filename, jpeg, found, time.time())
+    await app[IMAGES].put(image)
+    await announce(app, image)
+    log.info("%r: %d faces in %d ms", filename, len(found["faces"]), found["took_ms"])
+    return image
+
+
+async def get_image(request: web.Request) -> web.StreamResponse:
+    """GET /image/{id}: the photo with its boxes."""
+    image = await find_image(request)
+    headers = {"Content-Type": "image/jpeg", "Content-Length": str(len(image.jpeg))}
+    headers["Cache-Control"] = "private, max-age=31536000, immutable"
+    headers["X-Content-Type-Options"] = "nosniff"
+    response = web.StreamResponse(headers=headers)
+    await response.prepare(request)
+    if request.method == "GET":  # not HEAD
+        await send_image(request, image.id, response)
+    return response
+
+
+async def get_meta(request: web.Request) -> web.Response:
+    """GET /image/{id}/meta: the JSON of its post."""
+    image = await find_image(request)
+    return reply(image.describe(base_url(request)))
+
+
+async def get_images(request: web.Request) -> web.Response:
+    """GET /image: a line of JSON for each image, the newest first."""
+    base, lines = base_url(request), []
+    for image in await request.app[IMAGES].newest():
+        description = image.describe(base)
+        faces = description.pop("faces")  # a hundred crowds would be megabytes
+        lines.append(json.dumps(description | {"face_count": len(faces)}))
+    return web.json_response(text="[\n" + ",\n".join(lines) + "\n]\n")
+
+
+async def post_detect(request: web.Request) -> web.Response:
+    """POST /detect: find the faces in a photo, and keep nothing."""
+    _, photo = await read_photo(request)
+    _, found = await run_job(request.app, run_in_thread(request.app, photo, drawn=False))
+    return reply(found)
+
+
+async def get_health(request: web.Request) -> web.Response:
+    """GET /health: what the server holds."""
+    clients, queued = len(request.app[WATCHERS]), len(request.app[JOBS])
+    images = await request.app[IMAGES].count()
+    return reply({"status": "ok", "clients": clients} | images | {"queued": queued})
+
+
+def create_app(config: Config = Config(), detector: Detector | None = None) -> web.Application:
+    """Return the server as an application. Raises OSError or ValueError if the model is invalid."""
+    app = web.Application(middlewares=[explain_errors, refuse_other_sites])
+    app[CONFIG] = config
+    app[DETECTOR] = detector or load_detector(config.model, config.min_score)
+    app[THREADS] = ThreadPoolExecutor(config.threads)
+    app[IMAGES] = ImageStore(config.keep, config.keep_mb)
+    app[ANNOTATE] = make_image
+    app[WATCHERS], app[JOBS], app[UPLOADS] = {}, set(), Counter()
+    app.on_response_prepare.append(set_headers)
+    app.on_shutdown.append(finish)
+    app.on_cleanup.append(end_threads)
+
+    app.router.add_get("/", get_home, name="home")
+    app.router.add_get("/faces", get_faces)
+    app.router.add_post("/image", post_image)
+    app.router.add_put("/image", post_image)  # for curl -T
+    app.router.add_get("/image", get_images)
+    app.router.add_get("/image/{id}", get_image)
+    app.router.add_get("/image/{id}/meta", get_meta)
+    app.router.add_post("/detect", post_detect)
+    app.router.add_get("/health", get_health)
+    if STATIC.is_dir():
+        app.router.add_get("/docs", file_handler("docs.html"))
+        app.router.add_get("/openapi.json", file_handler("openapi.json"))
+        app.router.add_static("/static", STATIC)
+    return app
+
+
+# ======== The guards: what keeps a hostile client from hurting others ========
+# --- Photos that hurt ---
+FORMATS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # a photo's first bytes; OpenCV reads more
+SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is elsewhere only by chance
+MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 50 megapixels
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND")  # of a still picture
+
+
+class WrongFormat(BadPhoto):
+    """It is not a JPEG, PNG, WebP or GIF."""
+
+
+def make_harmless(photo: bytes) -> bytes:
+    """Return a photo that OpenCV can be given. Raises BadPhoto."""
+    if not photo.startswith(FORMATS):
+        raise WrongFormat("This is not a JPEG, PNG, WebP or GIF (iPhone: Most Compatible).")
+    if photo.startswith(b"\x89PNG"):
+        photo = still_png(photo)
+    if photo.count(SCAN) > MAX_SCANS:
+        raise BadPhoto(f"The photo has over {MAX_SCANS} scans.")
+    return photo
+
+
+def still_png(png: bytes) -> bytes:
+    """Keep only what a still picture needs: on other chunks, OpenCV crashes or takes gigabytes."""
+    kept, at = bytearray(png[:8]), 8  # the signature
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4])  # length, type, data, checksum
+        if png[at + 4 : at + 8] in PNG_CHUNKS and end <= len(png):
+            kept += png[at:end]
+        at = end
+    return bytes(kept)
+
+
+def load_cascade(file: Path) -> cv2.CascadeClassifier:
+    """Load a cascade. Raises OSError or ValueError."""
+    if not hasattr(cv2, "CascadeClassifier"):
+        raise ValueError("OpenCV 5 has no cascades (pip install -r requirements.txt)")
+    cascade = cv2.CascadeClassifier()
+    text = file.read_text("latin-1")  # OpenCV cannot open every path
+    with suppress(SystemError, cv2.error):  # another file leaves the cascade empty
+        storage = cv2.FileStorage(text, cv2.FILE_STORAGE_MEMORY)
+        cascade.read(storage.getFirstTopLevelNode())
+    if cascade.empty():
+        raise ValueError(f"{file} is not a cascade")
+    return cascade
+
+
+# --- Uploads and forms ---
+UPLOAD_MEMORY = 8  # times --max-mb: what all uploads under way may hold
+UPLOADS = web.AppKey("UPLOADS", Counter[str])  # the bytes that have come of them
+MAX_PARTS = 1000  # of a form; millions would take seconds
+MAX_FILENAME = 255  # characters
+
+
+async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
+    """Return filename and content of the photo in a body or its form. Raises an HTTPError."""
+    filename, photo = None, await read_body(request)
+    if request.content_type == "multipart/form-data":
+        filename, photo = find_file(photo)
+    # curl labels -d and --data-binary alike, but -d has stripped the NULs: no photo any more.
+    if not photo or (request.content_type.endswith("urlencoded") and b"\0" not in photo):
+        raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
+    return filename, photo
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Read a body within the limits of its size, its time, and the memory of all uploads."""
+    config, uploads, body = request.app[CONFIG], request.app[UPLOADS], bytearray()
+    limit = config.max_mb * 2**20
+    try:
+        async with asyncio.timeout(config.upload_timeout):
+            async for piece in request.content.iter_any():
+                body += piece
+                uploads["bytes"] += len(piece)
+                if len(body) > limit:
+                    text = f"The body is over {config.max_mb} MiB (--max-mb)."
+                    raise web.HTTPRequestEntityTooLarge(limit, text=text)
+                if uploads["bytes"] > UPLOAD_MEMORY * limit:
+                    raise web.HTTPServiceUnavailable(text="Too many uploads (--max-mb).")
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text="Too slow an upload (--upload-timeout).") from None
+    finally:
+        uploads["bytes"] -= len(body)
+    return bytes(body)
+
+
+def find_file(form: bytes) -> tuple[str, bytes]:
+    """Return name and content of the file in a form (RFC 7578). Raises HTTPBadRequest.
+
+    A form of short lines would keep aiohttp's own reader, and so everybody, busy for seconds.
+    """
     form = b"\r\n" + form.lstrip()
     delimiter = b"\r\n" + form.split(b"\r\n", 2)[1]  # its first line
     parts, end, _ = form.partition(delimiter + b"--")
     files = []
-    for part in parts.split(delimiter, 1000):  # millions would take seconds
+    for part in parts.split(delimiter, MAX_PARTS):
         headers, _, content = part.partition(b"\r\n\r\n")
         name = re.search(rb'filename\*?=("[^"\r]*|[^;\r]*)', headers, re.IGNORECASE)
         if name and content:
-            files.append((name[1].strip(b'"').decode(errors="replace")[:255], content))
+            files.append((name[1].strip(b'"').decode(errors="replace")[:MAX_FILENAME], content))
     if len(files) != 1 or not end:
         raise web.HTTPBadRequest(text="The form must be complete and have exactly one file.")
     return files[0]
 
 
-def create_app(config: Config = Config(), detector: Detector | None = None) -> web.Application:
-    """Return the server as an application. Raises OSError or ValueError if the model is invalid."""
-    app = web.Application()
-    Server(config, detector).set_up(app)
-    return app
+# --- Other sites ---
+# Anybody can make a name with a dot resolve to this machine (DNS rebinding).
+LOCAL_HOST = re.compile(r"([\w-]+|[\d.]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
+ANY_HOST = re.compile(r"([\w.-]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
+
+
+@web.middleware
+async def refuse_other_sites(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse pages of other sites: a browser in this network would let any of them in."""
+    config, host = request.app[CONFIG], request.headers.get("Host", "")
+    if not is_own_host(config, host):
+        raise web.HTTPForbidden(text=f"{host!r} is not this machine (--host, --public-url).")
+    origin = request.headers.get("Origin")
+    if origin is not None and not is_allowed(config, host, origin):
+        raise web.HTTPForbidden(text=f"Pages of {origin!r} may not use this (--allow-origin).")
+    if request.method == "OPTIONS":  # a browser asks whether a page may post
+        return web.Response()
+    return await handler(request)
+
+
+def is_own_host(config: Config, host: str) -> bool:
+    """Tell whether a Host header means this server."""
+    local = config.host in ("127.0.0.1", "localhost")
+    pattern = LOCAL_HOST if local else ANY_HOST
+    return host == public_host(config) or pattern.fullmatch(host) is not None
+
+
+def is_allowed(config: Config, host: str, origin: str) -> bool:
+    """Tell whether pages of an origin may use the server: its own, and those of the option."""
+    allowed = [site.rstrip("/") for site in config.allow_origin]
+    is_own = origin.partition("//")[2] in (host, public_host(config))
+    return is_own or origin in allowed or "*" in allowed
+
+
+def public_host(config: Config) -> str | None:
+    """Return the host of --public-url as browsers send it, or None."""
+    return urlsplit(config.public_url).netloc.lower() or None
+
+
+def base_url(request: web.Request) -> str:
+    """Return the URL by which this client knows the server, with a slash at its end."""
+    site = request.app[CONFIG].public_url.rstrip("/") or f"{request.scheme}://{request.host}"
+    return f"{site}{request.app.router['home'].url_for()}"
+
+
+async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Let pages read the answers, since those of other sites get only a refusal."""
+    for name in ("Origin", "Methods", "Headers"):
+        response.headers.setdefault(f"Access-Control-Allow-{name}", "*")
+    response.headers.setdefault("Cache-Control", "no-cache")  # browsers would keep an old page
+
+
+# --- Floods, and clients that do not read ---
+JOBS: web.AppKey[set[asyncio.Task[Any]]] = web.AppKey("JOBS")  # photos that wait or are in work
+MAX_UNREAD = 16 * 1024  # bytes that a watcher may leave unread
+PIECE = 64 * 1024  # bytes of an image that are sent at a time
+
+
+async def run_job(app: web.Application, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work for a photo, even if its client leaves; or refuse it if too many wait."""
+    if len(app[JOBS]) >= app[CONFIG].threads * (1 + app[CONFIG].queue):
+        work.close()
+        raise web.HTTPServiceUnavailable(text="Too many photos wait (--queue).")
+    job = asyncio.create_task(work)
+    app[JOBS].add(job)
+    job.add_done_callback(app[JOBS].discard)
+    try:
+        return await asyncio.shield(job)
+    finally:
+        del job  # its error refers to this frame: together they would keep the photo
+
+
+async def run_in_thread(app: web.Application, photo: bytes, drawn: bool) -> tuple[bytes, Json]:
+    """Call annotate() in a thread; what it found gets took_ms, which counts the wait for one."""
+    begin, loop = time.monotonic(), asyncio.get_running_loop()
+    jpeg, found = await loop.run_in_executor(app[THREADS], annotate, photo, app[DETECTOR], drawn)
+    found["took_ms"] = round((time.monotonic() - begin) * 1000)
+    return jpeg, found
+
+
+async def send_image(request: web.Request, image_id: str, response: web.StreamResponse) -> None:
+    """Send an image. Each piece is looked up again, so nobody holds an image that was dropped."""
+    for at in range(0, response.content_length or 0, PIECE):
+        image = await request.app[IMAGES].get(image_id)
+        if image is None:
+            break
+        async with asyncio.timeout(request.app[CONFIG].upload_timeout):
+            await response.write(image.jpeg[at : at + PIECE])
+
+
+def make_websocket() -> web.WebSocketResponse:
+    """Return a websocket for a watcher, with its limits."""
+    return web.WebSocketResponse(
+        heartbeat=25,  # seconds; proxies drop a connection that is silent for 30 to 60
+        autoping=False,  # listen() answers pings, and slows a flood of them
+        max_msg_size=1025,  # bytes: 1 KiB may come, though nobody reads it
+        compress=False,  # it would take 256 KiB a watcher
+        writer_limit=sys.maxsize,  # to send never waits; cut_off_if_deaf() limits what piles up
+    )
+
+
+async def listen(websocket: web.WebSocketResponse, transport: asyncio.Transport) -> None:
+    """Answer the pings of a watcher, and ignore what else it says, until it leaves."""
+    async for message in websocket:
+        if message.type is WSMsgType.PING:
+            cut_off_if_deaf(transport)
+            await websocket.pong(message.data)
+        await asyncio.sleep(0.005)  # seconds; a flood waits
+
+
+def cut_off_if_deaf(transport: asyncio.Transport) -> None:
+    """Cut off a watcher that does not read, so that no messages pile up."""
+    if transport.get_write_buffer_size() > MAX_UNREAD:
+        transport.abort()
+
+
+# --- Answers, and errors in words ---
+def reply(data: Json, **options: Any) -> web.Response:
+    """Return JSON that people can read in a terminal."""
+    return web.json_response(text=json.dumps(data, indent=2) + "\n", **options)
+
+
+def file_handler(name: str) -> Handler:
+    """Return a handler that sends a file of STATIC."""
+
+    async def get_file(request: web.Request) -> web.FileResponse:
+        return web.FileResponse(STATIC / name)
+
+    return get_file
+
+
+async def find_image(request: web.Request) -> Image:
+    """Return the image that a request asks for. Raises HTTPNotFound."""
+    image = await request.app[IMAGES].get(request.match_info["id"])
+    if image is None:
+        raise web.HTTPNotFound(text="There is no such image (any more: --keep, --keep-mb).")
+    return image
+
+
+@web.middleware
+async def explain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer each error with a problem document (RFC 9457), aiohttp's own too."""
+    # None is raised again: an error and its traceback form a cycle, which would keep the photo.
+    try:
+        return await handler(request)
+    except web.HTTPError as error:
+        return explain(request, error)
+    except WrongFormat as error:
+        return explain(request, web.HTTPUnsupportedMediaType(text=str(error)))
+    except BadPhoto as error:
+        return explain(request, web.HTTPUnprocessableEntity(text=str(error)))
+    except (MemoryError, cv2.error) as error:
+        text = str(error) or "Memory ran out."
+        return explain(request, web.HTTPServiceUnavailable(text=text))
+
+
+def explain(request: web.Request, error: web.HTTPError) -> web.Response:
+    """Return an error as a problem document, and log it."""
+    method, path, status, detail = request.method, request.path, error.status, error.text
+    if error is request.match_info.http_exception:  # no such path or method
+        detail = f"There is no {method} {request.raw_path}; GET / tells what there is."
+    if isinstance(error, web.HTTPServiceUnavailable):
+        error.headers["Retry-After"] = "1"  # second
+    log.info("%s %s %r: %d %s", request.remote, method, path, status, detail)
+
+    problem = {"title": error.reason, "status": status, "detail": detail}
+    kind = "application/problem+json"
+    del error.headers["Content-Type"]
+    return reply(problem, status=status, headers=error.headers, content_type=kind)
+
+
+# ======== Start and stop ========
+LONGEST_STOP = 4  # seconds for the photos under way; Docker kills after 10
+
+
+async def finish(app: web.Application) -> None:
+    """Finish the photos under way, then say goodbye to the watchers."""
+    if app[JOBS]:
+        await asyncio.wait([*app[JOBS]], timeout=LONGEST_STOP)
+    goodbyes = [each.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in app[WATCHERS]]
+    await asyncio.gather(*goodbyes)
+
+
+async def end_threads(app: web.Application) -> None:
+    """End the threads, but wait for none: a photo can take a minute."""
+    app[THREADS].shutdown(wait=False, cancel_futures=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with an option for each field of Config."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, help in re.findall(r"(\w+): .+  # (.+)", inspect.getsource(Config)):
-        option, default = "--" + name.replace("_", "-"), getattr(Config, name)
-        if name == "allow_origin":
-            parser.add_argument(option, action="append", default=[], help=help)
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    for each in fields(Config):
+        name, explanation = "--" + each.name.replace("_", "-"), each.metadata["help"]
+        if each.name == "allow_origin":
+            parser.add_argument(name, action="append", default=[], help=explanation)
         else:
-            parser.add_argument(option, type=type(default), default=default, help=help)
+            kind = type(each.default)
+            parser.add_argument(name, type=kind, default=each.default, help=explanation)
     return parser
+
+
+def address_for_others(host: str) -> str:
+    """Return the address of this machine in its network if it listens on all, else the host."""
+    if host == "0.0.0.0":
+        with socket.socket(type=socket.SOCK_DGRAM) as probe, suppress(OSError):
+            probe.connect(("192.0.2.1", 9))  # sends nothing, but gets an address
+            host = probe.getsockname()[0]
+    return host
 
 
 def serve(app: web.Application) -> None:
     """Listen, say where, and serve until SIGINT or SIGTERM. Raises OSError or OverflowError."""
-    config = app[SERVER].config
-    host = config.host
-    sock = socket.create_server((host or "?", config.port))  # "" would be any address, "?" is none
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # ms, after which Linux drops those who do not read
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * config.upload_timeout)
-    if host == "0.0.0.0":
-        with socket.socket(type=socket.SOCK_DGRAM) as probe, suppress(OSError):
-            probe.connect(("192.0.2.1", 9))  # sends nothing, but gets an address of this machine
-            host = probe.getsockname()[0]
-
-    address = f"{host}:{sock.getsockname()[1]}"
+    config = app[CONFIG]
+    if not config.host:
+        raise OSError("The host is empty.")  # to create_server(), any address
+    listener = socket.create_server((config.host, config.port))
+    address = f"{address_for_others(config.host)}:{listener.getsockname()[1]}"
     banner = f"""
   open    http://{address}
   watch   wscat -c ws://{address}/faces
@@ -574,26 +754,31 @@ def serve(app: web.Application) -> None:
 """
     web.run_app(
         app,
-        sock=sock,
+        sock=listener,
         print=lambda _: print(banner, flush=True),  # called once SIGTERM is handled
         access_log=None,
         auto_decompress=False,  # a small body could become a huge one
-        handler_cancellation=True,  # when a client leaves
+        handler_cancellation=True,  # when a client leaves, which else is a traceback in the log
         keepalive_timeout=config.upload_timeout,
-        shutdown_timeout=1,
+        shutdown_timeout=1,  # second, for handlers that finish() did not end
     )
-    os._exit(0)  # else Python would wait for threads whose photos take minutes
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Drop what asyncio says a hundred times a second when open files run out."""
+    return not re.match(".*(accept|serving)", str(record.msg))
 
 
 def main() -> None:
-    config = Config(**vars(make_parser().parse_args()))
+    """Run the server with the options of the command line."""
+    options = vars(make_parser().parse_args())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    # If open files run out, asyncio would say so a hundred times a second, and again at the stop.
-    logging.getLogger("asyncio").addFilter(lambda rec: not re.match(".*(accept|serving)", rec.msg))
+    logging.getLogger("asyncio").addFilter(is_news)
     try:
-        serve(create_app(config))
-    except (AttributeError, OSError, OverflowError, ValueError) as error:  # OpenCV 5 lacks cascades
+        serve(create_app(Config(**options)))
+    except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"The server cannot start (--host, --port, --model, requirements.txt): {error}")
+    os._exit(0)  # Python would wait for threads whose photos take minutes
 
 
 if __name__ == "__main__":

@@ -95,14 +95,14 @@ def serve_by_broadcast() -> None:
         finally:
             clients.remove(client)
 
-    async def announce(state: server.Server, image: server.Image) -> None:
-        websockets.broadcast(clients, f"http://bench/image/{image.meta['id']}")
+    async def announce(app: web.Application, image: server.Image) -> None:
+        websockets.broadcast(clients, f"http://bench/image/{image.id}")
 
     async def serve_watchers(app: web.Application) -> AsyncIterator[None]:
         async with websockets.serve(handler, sock=listener, compression=None, ping_interval=None):
             yield
 
-    server.Server.announce = announce
+    server.announce = announce
     app = server.create_app(server.Config(port=0))
     app.cleanup_ctx.append(serve_watchers)
     print(f"watch ws://127.0.0.1:{listener.getsockname()[1]}/faces", flush=True)
