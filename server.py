@@ -287,7 +287,7 @@ async def announce(app: web.Application, image: Image) -> None:
     """Send the URL of an image, or its JSON, to every watcher."""
     # While one is sent to, others come and go; so the loop needs a copy.
     for websocket, watcher in list(app[WATCHERS].items()):
-        cut_off_if_deaf(watcher.transport)
+        cut_off_if_deaf(watcher)
         description = image.describe(watcher.base)
         text = json.dumps(description) if watcher.wants_json else description["url"]
         with suppress(ConnectionError):  # it has just left
@@ -296,30 +296,20 @@ async def announce(app: web.Application, image: Image) -> None:
 
 async def get_faces(request: web.Request) -> web.WebSocketResponse:
     """GET /faces: a websocket that gets the URL of each new image; by ?format=json, its JSON."""
-    websocket, watchers = make_websocket(), request.app[WATCHERS]
-    if not websocket.can_prepare(request):
-        text = f"This is a websocket: wscat -c ws://{request.host}{request.path}"
-        raise web.HTTPUpgradeRequired(text=text, headers={"Upgrade": "websocket"})
-    if len(watchers) >= request.app[CONFIG].max_clients:
-        raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
-
+    websocket = make_websocket(request)
     await websocket.prepare(request)
     assert request.transport
     wants_json = request.query.get("format") == "json"
-    watchers[websocket] = Watcher(base_url(request), wants_json, request.transport)
+    watcher = Watcher(base_url(request), wants_json, request.transport)
+    request.app[WATCHERS][websocket] = watcher
     try:
-        await listen(websocket, request.transport)
+        await listen(websocket, watcher)
     finally:
-        del watchers[websocket]
+        del request.app[WATCHERS][websocket]
     return websocket
 
 
 # --- The handlers, in the order in which a user meets them ---
-USAGE = """A face detection server: post a photo, get it back with a box around each face.
-
-Watch, in one terminal:  wscat -c ws://{address}/faces
-Post, in another one:    curl -F image=@samples/astronaut.jpg http://{address}/image
-"""
 STATIC = Path(__file__).parent / "static"  # the page; the server also runs without it
 
 
@@ -329,7 +319,7 @@ async def get_home(request: web.Request) -> web.StreamResponse:
     if page.exists() and "text/html" in request.headers.get("Accept", ""):
         return web.FileResponse(page)
     address = base_url(request).partition("//")[2].rstrip("/")
-    return web.Response(text=USAGE.format(address=address))
+    return web.Response(text=USAGE.format(address))
 
 
 async def post_image(request: web.Request) -> web.Response:
@@ -353,14 +343,7 @@ async def make_image(app: web.Application, filename: str | None, photo: bytes) -
 async def get_image(request: web.Request) -> web.StreamResponse:
     """GET /image/{id}: the photo with its boxes."""
     image = await find_image(request)
-    headers = {"Content-Type": "image/jpeg", "Content-Length": str(len(image.jpeg))}
-    headers["Cache-Control"] = "private, max-age=31536000, immutable"
-    headers["X-Content-Type-Options"] = "nosniff"
-    response = web.StreamResponse(headers=headers)
-    await response.prepare(request)
-    if request.method == "GET":  # not HEAD
-        await send_image(request, image.id, response)
-    return response
+    return await send_image(request, image.id, len(image.jpeg))
 
 
 async def get_meta(request: web.Request) -> web.Response:
@@ -404,7 +387,6 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
     app[WATCHERS], app[JOBS], app[UPLOADS] = {}, set(), Counter()
     app.on_response_prepare.append(set_headers)
     app.on_shutdown.append(finish)
-    app.on_cleanup.append(end_threads)
 
     app.router.add_get("/", get_home, name="home")
     app.router.add_get("/faces", get_faces)
@@ -416,8 +398,8 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
     app.router.add_post("/detect", post_detect)
     app.router.add_get("/health", get_health)
     if STATIC.is_dir():
-        app.router.add_get("/docs", file_handler("docs.html"))
-        app.router.add_get("/openapi.json", file_handler("openapi.json"))
+        app.router.add_get("/docs", get_docs)
+        app.router.add_get("/openapi.json", get_openapi)
         app.router.add_static("/static", STATIC)
     return app
 
@@ -584,6 +566,11 @@ async def set_headers(request: web.Request, response: web.StreamResponse) -> Non
 JOBS: web.AppKey[set[asyncio.Task[Any]]] = web.AppKey("JOBS")  # photos that wait or are in work
 MAX_UNREAD = 16 * 1024  # bytes that a watcher may leave unread
 PIECE = 64 * 1024  # bytes of an image that are sent at a time
+IMAGE_HEADERS = {
+    "Content-Type": "image/jpeg",
+    "Cache-Control": "private, max-age=31536000, immutable",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 async def run_job(app: web.Application, work: Coroutine[Any, Any, T]) -> T:
@@ -608,40 +595,56 @@ async def run_in_thread(app: web.Application, photo: bytes, drawn: bool) -> tupl
     return jpeg, found
 
 
-async def send_image(request: web.Request, image_id: str, response: web.StreamResponse) -> None:
-    """Send an image. Each piece is looked up again, so nobody holds an image that was dropped."""
-    for at in range(0, response.content_length or 0, PIECE):
+async def send_image(request: web.Request, image_id: str, size: int) -> web.StreamResponse:
+    """Send a JPEG in pieces. Each is looked up: a slow client holds no image that was dropped."""
+    response = web.StreamResponse(headers=IMAGE_HEADERS)
+    response.content_length = size
+    await response.prepare(request)
+    assert request.transport
+    for at in range(0, size, PIECE):
         image = await request.app[IMAGES].get(image_id)
-        if image is None:
+        if request.method == "HEAD":
             break
+        if image is None:
+            request.transport.close()
+            break
+        piece = image.jpeg[at : at + PIECE]
+        del image
         async with asyncio.timeout(request.app[CONFIG].upload_timeout):
-            await response.write(image.jpeg[at : at + PIECE])
+            await response.write(piece)
+    return response
 
 
-def make_websocket() -> web.WebSocketResponse:
-    """Return a websocket for a watcher, with its limits."""
-    return web.WebSocketResponse(
+def make_websocket(request: web.Request) -> web.WebSocketResponse:
+    """Return a websocket for a watcher, with its limits. Raises an HTTPError."""
+    websocket = web.WebSocketResponse(
         heartbeat=25,  # seconds; proxies drop a connection that is silent for 30 to 60
         autoping=False,  # listen() answers pings, and slows a flood of them
         max_msg_size=1025,  # bytes: 1 KiB may come, though nobody reads it
         compress=False,  # it would take 256 KiB a watcher
         writer_limit=sys.maxsize,  # to send never waits; cut_off_if_deaf() limits what piles up
     )
+    if not websocket.can_prepare(request):
+        text = f"This is a websocket: wscat -c ws://{request.host}{request.path}"
+        raise web.HTTPUpgradeRequired(text=text, headers={"Upgrade": "websocket"})
+    if len(request.app[WATCHERS]) >= request.app[CONFIG].max_clients:
+        raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
+    return websocket
 
 
-async def listen(websocket: web.WebSocketResponse, transport: asyncio.Transport) -> None:
+async def listen(websocket: web.WebSocketResponse, watcher: Watcher) -> None:
     """Answer the pings of a watcher, and ignore what else it says, until it leaves."""
     async for message in websocket:
         if message.type is WSMsgType.PING:
-            cut_off_if_deaf(transport)
+            cut_off_if_deaf(watcher)
             await websocket.pong(message.data)
         await asyncio.sleep(0.005)  # seconds; a flood waits
 
 
-def cut_off_if_deaf(transport: asyncio.Transport) -> None:
+def cut_off_if_deaf(watcher: Watcher) -> None:
     """Cut off a watcher that does not read, so that no messages pile up."""
-    if transport.get_write_buffer_size() > MAX_UNREAD:
-        transport.abort()
+    if watcher.transport.get_write_buffer_size() > MAX_UNREAD:
+        watcher.transport.abort()
 
 
 # --- Answers, and errors in words ---
@@ -650,13 +653,14 @@ def reply(data: Json, **options: Any) -> web.Response:
     return web.json_response(text=json.dumps(data, indent=2) + "\n", **options)
 
 
-def file_handler(name: str) -> Handler:
-    """Return a handler that sends a file of STATIC."""
+async def get_docs(request: web.Request) -> web.FileResponse:
+    """GET /docs: the API, for people."""
+    return web.FileResponse(STATIC / "docs.html")
 
-    async def get_file(request: web.Request) -> web.FileResponse:
-        return web.FileResponse(STATIC / name)
 
-    return get_file
+async def get_openapi(request: web.Request) -> web.FileResponse:
+    """GET /openapi.json: the API, for programs."""
+    return web.FileResponse(STATIC / "openapi.json")
 
 
 async def find_image(request: web.Request) -> Image:
@@ -701,6 +705,11 @@ def explain(request: web.Request, error: web.HTTPError) -> web.Response:
 
 # ======== Start and stop ========
 LONGEST_STOP = 4  # seconds for the photos under way; Docker kills after 10
+USAGE = """
+  open    http://{0}
+  watch   wscat -c ws://{0}/faces
+  post    curl -F image=@samples/astronaut.jpg http://{0}/image
+"""
 
 
 async def finish(app: web.Application) -> None:
@@ -709,11 +718,7 @@ async def finish(app: web.Application) -> None:
         await asyncio.wait([*app[JOBS]], timeout=LONGEST_STOP)
     goodbyes = [each.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in app[WATCHERS]]
     await asyncio.gather(*goodbyes)
-
-
-async def end_threads(app: web.Application) -> None:
-    """End the threads, but wait for none: a photo can take a minute."""
-    app[THREADS].shutdown(wait=False, cancel_futures=True)
+    app[THREADS].shutdown(wait=False, cancel_futures=True)  # a photo can take a minute
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -747,15 +752,10 @@ def serve(app: web.Application) -> None:
         raise OSError("The host is empty.")  # to create_server(), any address
     listener = socket.create_server((config.host, config.port))
     address = f"{address_for_others(config.host)}:{listener.getsockname()[1]}"
-    banner = f"""
-  open    http://{address}
-  watch   wscat -c ws://{address}/faces
-  post    curl -F image=@samples/astronaut.jpg http://{address}/image
-"""
     web.run_app(
         app,
         sock=listener,
-        print=lambda _: print(banner, flush=True),  # called once SIGTERM is handled
+        print=lambda _: print(USAGE.format(address), flush=True),  # called once SIGTERM is handled
         access_log=None,
         auto_decompress=False,  # a small body could become a huge one
         handler_cancellation=True,  # when a client leaves, which else is a traceback in the log
