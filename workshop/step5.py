@@ -119,14 +119,6 @@ async def get_image(request: web.Request) -> web.Response:
     return web.Response(body=images[id], content_type="image/jpeg")
 
 
-async def finish(app: web.Application) -> None:
-    """Say goodbye to the watchers; otherwise their handlers would go on for a minute."""
-    goodbyes = [each.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in app[WATCHERS]]
-    await asyncio.gather(*goodbyes)
-    for transport in app[WATCHERS].values():
-        transport.abort()
-
-
 def create_app() -> web.Application:
     """Return the server."""
     app = web.Application(client_max_size=20 * 2**20)
@@ -139,6 +131,14 @@ def create_app() -> web.Application:
     app.router.add_post("/image", post_image)
     app.router.add_get("/image/{id}", get_image)
     return app
+
+
+async def finish(app: web.Application) -> None:
+    """Say goodbye to the watchers; otherwise their handlers would go on for a minute."""
+    goodbyes = [each.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in app[WATCHERS]]
+    await asyncio.gather(*goodbyes)
+    for transport in app[WATCHERS].values():
+        transport.abort()
 
 
 def main() -> None:
