@@ -21,9 +21,9 @@ STORED = {  # how a camera stores a picture, by the orientation that EXIF tells
 }
 
 
-@pytest.mark.parametrize("kind", photos.KINDS())
+@pytest.mark.parametrize("kind", photos.KINDS)
 def test_each_kind_is_read_with_the_face_in_its_first_frame(kind: str) -> None:
-    jpeg, meta = server.annotate(photos.KINDS()[kind], DETECTOR)
+    jpeg, meta = server.annotate(photos.KINDS[kind], DETECTOR)
     assert (meta["width"], meta["height"], len(meta["faces"])) == (512, 512, 1)
     assert jpeg.startswith(b"\xff\xd8")
     assert b"script" not in jpeg
@@ -52,7 +52,7 @@ def test_cmyk_comes_out_in_its_colors() -> None:
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.9, 0.999])
 @pytest.mark.parametrize("kind", ["JPEG", "JPEG, progressive", "PNG", "WebP", "GIF"])
 def test_a_photo_that_was_cut_short_is_refused(kind: str, share: float) -> None:
-    photo = photos.KINDS()[kind]
+    photo = photos.KINDS[kind]
     with pytest.raises(server.BadPhoto):
         server.annotate(photo[: max(16, int(len(photo) * share))], DETECTOR)
 

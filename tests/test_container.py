@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
+from helpers import (
+    ROOT,
+    TIMEOUT,
+)
+from photos import ASTRONAUT_FILE, cv2, encode, np, pixels
 
-from server import cv2, np  # which has set OpenCV's limits
-
-ROOT = Path(__file__).parent.parent
 ENGINE = ROOT.parent / "shared/docker/local-images"  # if it is there: starts an engine
 BASE = "python:3.13-slim"
-ASTRONAUT = ROOT / "samples/astronaut.jpg"  # one face
 MODEL = "models/face_detection_yunet_2023mar.onnx"
-TIMEOUT = 60  # seconds, for every answer
 COMMAND_TIMEOUT = 300  # seconds, for every command: the first build, or all tests in the container
 
 # What docs/running.md advises for a flood
@@ -118,10 +118,10 @@ async def client() -> AsyncIterator[aiohttp.ClientSession]:
 @pytest.fixture(scope="module")
 def large_photo() -> bytes:
     """A JPEG of 9 megapixels, with the noise that gives a camera's its 4 MB."""
-    image = cv2.resize(cv2.imread(str(ASTRONAUT)), (3000, 3000))
+    image = cv2.resize(pixels(), (3000, 3000))
     noise = np.random.default_rng(0).normal(0, 20, image.shape)
     image = np.clip(image + noise, 0, 255).astype(np.uint8)
-    return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+    return encode(".jpg", image, cv2.IMWRITE_JPEG_QUALITY, 90)
 
 
 async def post(client: aiohttp.ClientSession, container: Container, photo: bytes) -> int:
@@ -151,7 +151,7 @@ async def test_a_watcher_gets_a_url_that_opens_from_outside(
 ) -> None:
     container = await start(serve=serve)
     async with client.ws_connect(f"{container.url}/faces") as watcher:
-        form = aiohttp.FormData({"image": ASTRONAUT.open("rb")})
+        form = aiohttp.FormData({"image": ASTRONAUT_FILE.open("rb")})
         async with client.post(f"{container.url}/image", data=form) as answer:
             assert answer.status == 201
             posted = await answer.json()
@@ -243,7 +243,7 @@ async def test_docker_stop_waits_for_the_photos_under_way(
 
 # --- The image ---
 @pytest.fixture(scope="module")
-def changed(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def changed_image(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An image with another server.py, which only its owner can read."""
     folder = tmp_path_factory.mktemp("changed")
     for each in ("Dockerfile", ".dockerignore", "requirements.txt", "cluster/requirements.txt"):
@@ -258,15 +258,15 @@ def changed(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
 
 async def test_a_change_of_the_server_does_not_rebuild_the_dependencies(
-    image: str, changed: str
+    image: str, changed_image: str
 ) -> None:
-    before, after = [(await inspect(each))["RootFS"]["Layers"] for each in (image, changed)]
+    before, after = [(await inspect(each))["RootFS"]["Layers"] for each in (image, changed_image)]
     assert before[:-2] == after[:-2]
     assert before[-2] != after[-2]  # the copy of this folder
 
 
-async def test_it_runs_from_a_folder_that_only_its_owner_can_read(changed: str) -> None:
-    assert await docker("run", "--rm", changed) == "another server"
+async def test_it_runs_from_a_folder_that_only_its_owner_can_read(changed_image: str) -> None:
+    assert await docker("run", "--rm", changed_image) == "another server"
 
 
 async def test_it_adds_less_than_260_mb_to_its_base(image: str) -> None:

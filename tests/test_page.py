@@ -11,17 +11,20 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import aiohttp
-import cv2
-import numpy as np
 import pytest
 import pytest_asyncio
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-
-from conftest import ASTRONAUT, ROOT, TIMEOUT, expect, post, serving
+from helpers import (
+    ROOT,
+    TIMEOUT,
+    expect,
+    post_photo,
+    run_server,
+)
+from photos import ASTRONAUT, ASTRONAUT_FILE, TINY, cv2, encode, np, pixels
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser, FileChooser, Page, Request, Route, WebSocketRoute
@@ -36,10 +39,7 @@ PROJECTOR = {"viewport": {"width": 1920, "height": 1080}}
 
 
 def jpeg(width: int, height: int) -> bytes:
-    return cv2.imencode(".jpg", np.full((height, width), 128, np.uint8))[1].tobytes()
-
-
-TINY = jpeg(8, 8)
+    return encode(".jpg", np.full((height, width), 128, np.uint8))
 
 
 async def connected(page: Page) -> Page:
@@ -47,13 +47,13 @@ async def connected(page: Page) -> Page:
     return page
 
 
-async def get(url: str, **headers: str) -> tuple[int, str]:
+async def content_type(url: str, **headers: str) -> tuple[int, str]:
     async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as response:
         return response.status, response.content_type
 
 
-async def kept(server: str) -> Any:
-    async with aiohttp.ClientSession() as session, session.get(f"{server}/image") as response:
+async def kept(url: str) -> Any:
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/image") as response:
         return await response.json()
 
 
@@ -77,20 +77,20 @@ async def choose(page: Page, *files: Path) -> None:
     ids=["a browser", "curl"],
 )
 async def test_the_page_is_for_browsers_the_text_for_curl(
-    server: str, accept: str, content_type: str
+    url: str, accept: str, content_type: str
 ) -> None:
-    assert await get(server, Accept=accept) == (200, content_type)
+    assert await content_type(url, Accept=accept) == (200, content_type)
 
 
 async def test_server_py_alone_serves_the_text(tmp_path: Path) -> None:
     program = Path(shutil.copy(ROOT / "server.py", tmp_path))
-    async with serving(program=program) as url:
-        assert await get(url, Accept="text/html") == (200, "text/plain")
+    with run_server(program=program) as server:
+        assert await content_type(server.url, Accept="text/html") == (200, "text/plain")
 
 
-async def test_no_script_runs_but_that_of_the_page(server: str, browser: Browser) -> None:
+async def test_no_script_runs_but_that_of_the_page(url: str, browser: Browser) -> None:
     page = await browser.new_page()
-    await page.goto(server)
+    await page.goto(url)
     blocked = """() => new Promise((done) => {
         addEventListener("securitypolicyviolation", (event) => done(event.effectiveDirective));
         document.body.append(Object.assign(document.createElement("script"), { text: "alert(1)" }));
@@ -105,8 +105,8 @@ async def test_a_change_of_a_file_shows_on_reload(visit: Visit, tmp_path: Path) 
     shutil.copytree(ROOT / "static", tmp_path / "static")
     script = tmp_path / "static" / "page.js"
     os.utime(script, (0, 0))  # browsers keep what has not changed for long, if they are not told
-    async with serving(program=program) as url:
-        page = await connected(await visit(url))
+    with run_server(program=program) as server:
+        page = await connected(await visit(server.url))
         script.write_text(script.read_text("utf-8").replace('"Connected"', '"Changed"'), "utf-8")
         await page.reload()
         await expect(page.locator("#state")).to_have_text("Changed")
@@ -117,7 +117,7 @@ async def mounted_below_a_path() -> AsyncIterator[str]:
     """Run a server behind a proxy that has it at /class/room/; yields its URL."""
 
     async def forward(request: web.Request) -> web.StreamResponse:
-        target = f"{url}/{request.match_info['path']}"
+        target = f"{server.url}/{request.match_info['path']}"
         if "Upgrade" in request.headers:
             here = web.WebSocketResponse()
             await here.prepare(request)
@@ -137,14 +137,14 @@ async def mounted_below_a_path() -> AsyncIterator[str]:
     app.router.add_route("*", "/class/room/{path:.*}", forward)
     async with aiohttp.ClientSession() as session, TestServer(app) as proxy:
         public_url = f"http://127.0.0.1:{proxy.port}/class/room"
-        async with serving("--public-url", public_url) as url:
+        with run_server("--public-url", public_url) as server:
             yield public_url
 
 
 async def test_it_works_below_a_path(visit: Visit) -> None:
     async with mounted_below_a_path() as url:
         page = await connected(await visit(f"{url}/", permissions=["camera"]))
-        await choose(page, ASTRONAUT)
+        await choose(page, ASTRONAUT_FILE)
         picture = page.get_by_role("img", name="astronaut.jpg, 1 face")
         await expect(picture).to_have_js_property("naturalWidth", 512)
         await page.get_by_role("button", name="Live camera").click()
@@ -157,12 +157,12 @@ async def test_it_works_below_a_path(visit: Visit) -> None:
 
 
 async def test_post_by_choosing_files_one_after_the_other(
-    server: str, visit: Visit, tmp_path: Path
+    url: str, visit: Visit, tmp_path: Path
 ) -> None:
     files = [tmp_path / name for name in ("first.jpg", "second.jpg", "third.jpg")]
     for file in files:
-        shutil.copy(ASTRONAUT, file)
-    page = await connected(await visit(server))
+        shutil.copy(ASTRONAUT_FILE, file)
+    page = await connected(await visit(url))
     under_way = watch_posts(page)
     await choose(page, *files)
     await names(page).to_have_text(["third.jpg", "second.jpg", "first.jpg"])
@@ -170,10 +170,10 @@ async def test_post_by_choosing_files_one_after_the_other(
     assert max(under_way) == 1
 
 
-async def test_post_by_dropping_a_file(server: str, visit: Visit) -> None:
-    page = await connected(await visit(server))
+async def test_post_by_dropping_a_file(url: str, visit: Visit) -> None:
+    page = await connected(await visit(url))
     devtools = await page.context.new_cdp_session(page)
-    data = {"items": [], "files": [str(ASTRONAUT)], "dragOperationsMask": 1}
+    data = {"items": [], "files": [str(ASTRONAUT_FILE)], "dragOperationsMask": 1}
 
     async def drag(kind: str) -> None:
         event = {"type": kind, "x": 300, "y": 500, "data": data}
@@ -187,9 +187,9 @@ async def test_post_by_dropping_a_file(server: str, visit: Visit) -> None:
     await expect(page.locator("body.over")).to_have_count(0)
 
 
-async def test_post_by_pasting(server: str, visit: Visit) -> None:
-    page = await connected(await visit(server, permissions=["clipboard-read", "clipboard-write"]))
-    png = base64.b64encode(cv2.imencode(".png", cv2.imread(str(ASTRONAUT)))[1]).decode()
+async def test_post_by_pasting(url: str, visit: Visit) -> None:
+    page = await connected(await visit(url, permissions=["clipboard-read", "clipboard-write"]))
+    png = base64.b64encode(encode(".png")).decode()
     copy = """async (base64) => {
         const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
         const image = new Blob([bytes], { type: "image/png" });
@@ -200,11 +200,11 @@ async def test_post_by_pasting(server: str, visit: Visit) -> None:
     await expect(page.locator(CARDS)).to_contain_text(["1 face"])
 
 
-async def test_post_with_the_camera_of_a_phone(server: str, visit: Visit) -> None:
-    page = await connected(await visit(server, **PHONE))
+async def test_post_with_the_camera_of_a_phone(url: str, visit: Visit) -> None:
+    page = await connected(await visit(url, **PHONE))
     await expect(page.get_by_text("Take a photo")).to_be_visible()
     await expect(page.get_by_label("Take a photo")).to_have_attribute("capture", "environment")
-    await page.get_by_label("Take a photo").set_input_files(ASTRONAUT)
+    await page.get_by_label("Take a photo").set_input_files(ASTRONAUT_FILE)
     await expect(page.locator(CARDS)).to_contain_text(["1 face"])
 
 
@@ -219,10 +219,10 @@ async def upload_slowly(page: Page) -> None:
     await devtools.send("Network.emulateNetworkConditions", slow)
 
 
-async def test_a_progress_bar_while_it_uploads(server: str, visit: Visit, tmp_path: Path) -> None:
+async def test_a_progress_bar_while_it_uploads(url: str, visit: Visit, tmp_path: Path) -> None:
     file = tmp_path / "large.jpg"
     file.write_bytes(bytes(10**6))
-    page = await connected(await visit(server))
+    page = await connected(await visit(url))
     await upload_slowly(page)
     await choose(page, file)
     await expect(page.locator("progress[value^='0.']")).to_have_accessible_name("large.jpg")
@@ -231,26 +231,26 @@ async def test_a_progress_bar_while_it_uploads(server: str, visit: Visit, tmp_pa
 
 
 async def test_the_progress_of_a_list_shows_the_one_under_way(
-    server: str, visit: Visit, tmp_path: Path
+    url: str, visit: Visit, tmp_path: Path
 ) -> None:
     large = tmp_path / "large.jpg"
     large.write_bytes(bytes(10**6))
-    page = await connected(await visit(server, **PHONE))
+    page = await connected(await visit(url, **PHONE))
     await upload_slowly(page)
-    await choose(page, *[ASTRONAUT] * 20, large, ASTRONAUT)
+    await choose(page, *[ASTRONAUT_FILE] * 20, large, ASTRONAUT_FILE)
     await expect(page.locator("progress[value^='0.']")).to_have_accessible_name(
         "21 of 22: large.jpg"
     )
     await expect(page.get_by_text("21 of 22: large.jpg")).to_be_in_viewport()
 
 
-async def test_names_are_shown_as_text(server: str, visit: Visit, tmp_path: Path) -> None:
+async def test_names_are_shown_as_text(url: str, visit: Visit, tmp_path: Path) -> None:
     name = "Käthe <img src=x onerror=alert(1)>.jpg"
-    page = await connected(await visit(server))
+    page = await connected(await visit(url))
     (tmp_path / name).write_bytes(b"a poem")
     await choose(page, tmp_path / name)
     await expect(page.locator("#refusals")).to_contain_text(f"{name}: ")
-    (tmp_path / name).write_bytes(ASTRONAUT.read_bytes())
+    (tmp_path / name).write_bytes(ASTRONAUT)
     await choose(page, tmp_path / name)
     await names(page).to_have_text([name])
 
@@ -259,39 +259,39 @@ async def test_names_are_shown_as_text(server: str, visit: Visit, tmp_path: Path
 
 
 async def test_a_large_photo_is_made_smaller_and_upright(
-    server: str, visit: Visit, tmp_path: Path
+    url: str, visit: Visit, tmp_path: Path
 ) -> None:
     exif = b"\xff\xe1\0\x22Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
     photo = jpeg(3000, 2000)
     (tmp_path / "turned.jpg").write_bytes(photo[:2] + exif + photo[2:])  # a quarter, clockwise
-    page = await connected(await visit(server))
+    page = await connected(await visit(url))
     await choose(page, tmp_path / "turned.jpg")
     await expect(page.locator(".size")).to_contain_text("1365\u00a0\u00d7\u00a02048 px")
     await names(page).to_have_text(["turned.jpg"])
 
 
-async def test_a_photo_that_fits_goes_as_it_is(server: str, visit: Visit, tmp_path: Path) -> None:
+async def test_a_photo_that_fits_goes_as_it_is(url: str, visit: Visit, tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "small.png"), np.zeros((2048, 100), np.uint8))
-    page = await connected(await visit(server))
+    page = await connected(await visit(url))
     await choose(page, tmp_path / "small.png")
     await names(page).to_have_text(["small.png"])
 
 
 async def test_what_only_the_browser_can_read_goes_as_a_jpeg(
-    server: str, visit: Visit, tmp_path: Path
+    url: str, visit: Visit, tmp_path: Path
 ) -> None:
-    cv2.imwrite(str(tmp_path / "astronaut.bmp"), cv2.imread(str(ASTRONAUT)))
-    page = await connected(await visit(server))
+    cv2.imwrite(str(tmp_path / "astronaut.bmp"), pixels())
+    page = await connected(await visit(url))
     await choose(page, tmp_path / "astronaut.bmp")
     await expect(page.locator(CARDS)).to_contain_text(["1 face"])
     await names(page).to_have_text(["astronaut.jpg"])
 
 
 async def test_what_the_browser_cannot_read_goes_as_it_is(
-    server: str, visit: Visit, tmp_path: Path
+    url: str, visit: Visit, tmp_path: Path
 ) -> None:
     (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
-    page = await connected(await visit(server))
+    page = await connected(await visit(url))
     await choose(page, tmp_path / "IMG_1.HEIC")
     await expect(page.locator("#refusals p")).to_contain_text(re.compile("^IMG_1.HEIC: .*iPhone"))
 
@@ -303,17 +303,17 @@ async def test_what_the_browser_cannot_read_goes_as_it_is(
     ("content", "words"),
     [
         (b"a poem", "JPEG, PNG, WebP or GIF"),
-        (ASTRONAUT.read_bytes()[:5000], "damaged"),
+        (ASTRONAUT[:5000], "damaged"),
         (bytes(21 * 2**20), "It has 21 MB. The server takes 20 MB at most."),
     ],
     ids=["a poem", "damaged", "too large"],
 )
 async def test_a_refusal_speaks_to_a_person(
-    server: str, visit: Visit, tmp_path: Path, content: bytes, words: str
+    url: str, visit: Visit, tmp_path: Path, content: bytes, words: str
 ) -> None:
     (tmp_path / "photo.jpg").write_bytes(content)
-    page = await connected(await visit(server))
-    await choose(page, tmp_path / "photo.jpg", ASTRONAUT)
+    page = await connected(await visit(url))
+    await choose(page, tmp_path / "photo.jpg", ASTRONAUT_FILE)
     await expect(page.locator("#refusals p")).to_have_text([re.compile(f"^photo.jpg: .*{words}")])
     await expect(page.locator("#refusals p")).not_to_contain_text("--")  # no option of the server
     await names(page).to_have_text(["astronaut.jpg"])  # the next one follows all the same
@@ -321,10 +321,10 @@ async def test_a_refusal_speaks_to_a_person(
 
 @pytest.mark.parametrize("device", [PHONE, LAPTOP], ids=["phone", "laptop"])
 async def test_refusals_never_push_the_photos_away(
-    server: str, visit: Visit, tmp_path: Path, device: Any
+    url: str, visit: Visit, tmp_path: Path, device: Any
 ) -> None:
-    await post(server)
-    page = await connected(await visit(server, **device))
+    await post_photo(url)
+    page = await connected(await visit(url, **device))
     await expect(page.locator("#photos img")).to_have_js_property("naturalWidth", 512)
     before = await page.locator(CARDS).bounding_box()
     files = [tmp_path / f"{number}.txt" for number in range(20)]
@@ -337,11 +337,11 @@ async def test_refusals_never_push_the_photos_away(
     assert over is not None and over["height"] <= device["viewport"]["height"] / 2
 
 
-async def test_refusals_can_be_dismissed(server: str, visit: Visit, tmp_path: Path) -> None:
+async def test_refusals_can_be_dismissed(url: str, visit: Visit, tmp_path: Path) -> None:
     files = [tmp_path / "1.txt", tmp_path / "2.txt"]
     for file in files:
         file.write_bytes(b"a poem")
-    page = await connected(await visit(server))
+    page = await connected(await visit(url))
     await choose(page, *files)
     refusals, dismiss = (
         page.locator("#refusals p"),
@@ -357,20 +357,20 @@ async def test_refusals_can_be_dismissed(server: str, visit: Visit, tmp_path: Pa
 
 
 async def test_all_refusals_can_be_dismissed_at_once(
-    server: str, visit: Visit, tmp_path: Path
+    url: str, visit: Visit, tmp_path: Path
 ) -> None:
     (tmp_path / "image.jpg").write_bytes(b"a poem")
-    page = await connected(await visit(server))
+    page = await connected(await visit(url))
     await choose(page, *[tmp_path / "image.jpg"] * 3)  # so are all photos of an iPhone called
     await expect(page.locator("#refusals > li")).to_have_count(3)
     await page.get_by_role("button", name="Dismiss all").click()
     await expect(page.locator("#refusals > li")).to_have_count(0)
 
 
-async def test_what_may_pass_can_be_tried_again(server: str, visit: Visit) -> None:
-    page = await connected(await visit(server))
+async def test_what_may_pass_can_be_tried_again(url: str, visit: Visit) -> None:
+    page = await connected(await visit(url))
     await page.route("**/image", lambda route: route.abort(), times=1)
-    await choose(page, ASTRONAUT)
+    await choose(page, ASTRONAUT_FILE)
     await expect(page.locator("#refusals p")).to_have_text(
         ["astronaut.jpg: The server cannot be reached. Are you still in its Wi-Fi?"]
     )
@@ -382,9 +382,9 @@ async def test_what_may_pass_can_be_tried_again(server: str, visit: Visit) -> No
 # --- Watch ---
 
 
-async def test_another_browser_sees_it(server: str, visit: Visit) -> None:
-    poster, watcher = await connected(await visit(server)), await connected(await visit(server))
-    await choose(poster, ASTRONAUT)
+async def test_another_browser_sees_it(url: str, visit: Visit) -> None:
+    poster, watcher = await connected(await visit(url)), await connected(await visit(url))
+    await choose(poster, ASTRONAUT_FILE)
     card = watcher.locator(CARDS)
     await expect(card).to_contain_text(["1 face"])
     await expect(card.locator(".size")).to_contain_text("512\u00a0\u00d7\u00a0512 px, took ")
@@ -392,21 +392,21 @@ async def test_another_browser_sees_it(server: str, visit: Visit) -> None:
     await expect(picture).to_have_js_property("naturalWidth", 512)
     async with watcher.expect_popup() as full_size:
         await card.get_by_role("link").click()
-    assert (await full_size.value).url == (await kept(server))[0]["url"]
+    assert (await full_size.value).url == (await kept(url))[0]["url"]
 
 
 @pytest.mark.parametrize("device", [PHONE, LAPTOP], ids=["phone", "laptop"])
-async def test_who_comes_later_sees_what_is_kept(server: str, visit: Visit, device: Any) -> None:
+async def test_who_comes_later_sees_what_is_kept(url: str, visit: Visit, device: Any) -> None:
     for number in range(3):
-        await post(server, TINY, f"{number}.jpg")
-    page = await visit(server, **device)
+        await post_photo(url, TINY, f"{number}.jpg")
+    page = await visit(url, **device)
     await names(page).to_have_text(["2.jpg", "1.jpg", "0.jpg"])
     await page.reload()
     await names(page).to_have_text(["2.jpg", "1.jpg", "0.jpg"])
 
 
-async def test_who_was_cut_off_sees_what_came_meanwhile(server: str, visit: Visit) -> None:
-    page = await visit(f"{server}/health")
+async def test_who_was_cut_off_sees_what_came_meanwhile(url: str, visit: Visit) -> None:
+    page = await visit(f"{url}/health")
     sockets: list[WebSocketRoute] = []
 
     def connect(socket: WebSocketRoute) -> None:
@@ -414,13 +414,13 @@ async def test_who_was_cut_off_sees_what_came_meanwhile(server: str, visit: Visi
         socket.connect_to_server()
 
     await page.route_web_socket(re.compile("/faces"), connect)
-    await connected_page(page, server)
+    await connected_page(page, url)
     for number in range(2):
-        await post(server, TINY, f"{number}.jpg")
+        await post_photo(url, TINY, f"{number}.jpg")
     await names(page).to_have_text(["1.jpg", "0.jpg"])
     await sockets[0].close()
     await expect(page.locator("#state")).to_contain_text("The server is away")
-    await post(server, TINY, "2.jpg")
+    await post_photo(url, TINY, "2.jpg")
     await expect(page.locator("#state")).to_have_text("Connected again")
     await names(page).to_have_text(["2.jpg", "1.jpg", "0.jpg"])
 
@@ -432,10 +432,10 @@ async def connected_page(page: Page, url: str) -> None:
 
 @pytest.mark.parametrize("listed", [False, True], ids=["after the list", "before the list"])
 async def test_what_arrives_while_it_asks_is_there_once(
-    server: str, visit: Visit, listed: bool
+    url: str, visit: Visit, listed: bool
 ) -> None:
-    page = await visit(f"{server}/health")
-    await post(server, TINY, "old.jpg")
+    page = await visit(f"{url}/health")
+    await post_photo(url, TINY, "old.jpg")
     released = asyncio.Event()
 
     async def answer_late(route: Route) -> None:
@@ -447,31 +447,31 @@ async def test_what_arrives_while_it_asks_is_there_once(
 
     await page.route("**/image", answer_late)
     async with page.expect_request("**/image"):
-        await connected_page(page, server)
-    await post(server, TINY, "new.jpg")
+        await connected_page(page, url)
+    await post_photo(url, TINY, "new.jpg")
     await names(page).to_have_text(["new.jpg"])
     released.set()
     await names(page).to_have_text(["new.jpg", "old.jpg"])
 
 
 async def test_after_a_restart_it_shows_what_is_kept_and_says_so(visit: Visit) -> None:
-    async with serving() as url:
-        page = await connected(await visit(url))
-        await post(url, TINY, "gone.jpg")
+    with run_server() as server:
+        page = await connected(await visit(server.url))
+        await post_photo(server.url, TINY, "gone.jpg")
         await names(page).to_have_text(["gone.jpg"])
     state = page.locator("#state")
     await expect(state).to_contain_text("The server is away, trying again in ")
-    async with serving("--port", str(urlsplit(url).port)):
+    with run_server("--port", str(server.port)):
         await expect(state).to_have_text("Connected again")
         await names(page).to_have_count(0)
-        await post(url)
+        await post_photo(server.url)
         await names(page).to_have_text(["astronaut.jpg"])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "classroom"], ids=["https or local", "plain http"])
-async def test_its_link_can_be_copied(server: str, visit: Visit, host: str) -> None:
-    page = await connected(await visit(server.replace("127.0.0.1", host)))
-    photo = await post(server)
+async def test_its_link_can_be_copied(url: str, visit: Visit, host: str) -> None:
+    page = await connected(await visit(url.replace("127.0.0.1", host)))
+    photo = await post_photo(url)
     await page.get_by_role("button", name="Copy link").click()
     await expect(page.get_by_role("button", name="Copied")).to_be_focused()
     paste = "document.body.append(Object.assign(document.createElement('input'), { id: 'paste' }))"
@@ -482,15 +482,15 @@ async def test_its_link_can_be_copied(server: str, visit: Visit, host: str) -> N
     await expect(page.locator("#paste")).to_have_value(url)
 
 
-async def test_the_newest_50_stay_newest_first(server: str, visit: Visit) -> None:
-    page = await connected(await visit(server))
+async def test_the_newest_50_stay_newest_first(url: str, visit: Visit) -> None:
+    page = await connected(await visit(url))
     for number in range(52):
-        await post(server, TINY, f"{number}.jpg")
+        await post_photo(url, TINY, f"{number}.jpg")
     await names(page).to_have_text([f"{number}.jpg" for number in reversed(range(2, 52))])
 
 
-async def test_a_slow_viewer_skips_to_the_newest(server: str, visit: Visit) -> None:
-    page = await connected(await visit(server))
+async def test_a_slow_viewer_skips_to_the_newest(url: str, visit: Visit) -> None:
+    page = await connected(await visit(url))
     asked, released = [], asyncio.Event()
 
     async def slow_network(route: Route) -> None:
@@ -500,8 +500,8 @@ async def test_a_slow_viewer_skips_to_the_newest(server: str, visit: Visit) -> N
 
     await page.route("**/image/*", slow_network)
     async with page.expect_request("**/image/*"):
-        urls = [(await post(server, name="0.jpg"))["url"]]
-    urls += [(await post(server, name=f"{number}.jpg"))["url"] for number in range(1, 4)]
+        urls = [(await post_photo(url, name="0.jpg"))["url"]]
+    urls += [(await post_photo(url, name=f"{number}.jpg"))["url"] for number in range(1, 4)]
     await expect(page.locator(CARDS)).to_have_count(4)
     assert asked == urls[:1]
     released.set()
@@ -509,16 +509,16 @@ async def test_a_slow_viewer_skips_to_the_newest(server: str, visit: Visit) -> N
     assert asked == [urls[0], urls[3], urls[2], urls[1]]
 
 
-async def test_only_pictures_near_the_screen_are_loaded(server: str, visit: Visit) -> None:
+async def test_only_pictures_near_the_screen_are_loaded(url: str, visit: Visit) -> None:
     for number in range(30):
-        await post(server, TINY, f"{number}.jpg")
-    page = await connected(await visit(server, **PHONE))
-    await expect(page.locator("#photos img").nth(2)).to_have_js_property("naturalWidth", 8)
+        await post_photo(url, TINY, f"{number}.jpg")
+    page = await connected(await visit(url, **PHONE))
+    await expect(page.locator("#photos img").nth(2)).to_have_js_property("naturalWidth", 9)
     last = page.locator("#photos img").last
     await expect(last).to_have_js_property("naturalWidth", 0)
     assert await page.locator("#photos img[src]").count() < 20
     await last.scroll_into_view_if_needed()
-    await expect(last).to_have_js_property("naturalWidth", 8)
+    await expect(last).to_have_js_property("naturalWidth", 9)
 
 
 async def test_the_page_of_ones_own_in_the_documents(visit: Visit) -> None:
@@ -527,17 +527,18 @@ async def test_the_page_of_ones_own_in_the_documents(visit: Visit) -> None:
 
     async def answer(_: web.Request) -> web.Response:
         return web.Response(
-            text=html[1].replace("127.0.0.1:8282", urlsplit(url).netloc), content_type="text/html"
+            text=html[1].replace("127.0.0.1:8282", f"127.0.0.1:{server.port}"),
+            content_type="text/html",
         )
 
     app = web.Application()
     app.router.add_get("/", answer)
     async with TestServer(app) as other_site:
         origin = f"http://127.0.0.1:{other_site.port}"
-        async with serving("--allow-origin", origin) as url:
-            page = await visit(origin, allow=url)
+        with run_server("--allow-origin", origin) as server:
+            page = await visit(origin, allow=server.url)
             await expect(page.get_by_role("status")).to_have_text("connected")
-            await post(url)
+            await post_photo(server.url)
             await expect(page.get_by_role("img", name="1 faces")).to_have_js_property(
                 "naturalWidth", 512
             )
@@ -582,9 +583,9 @@ async def looks(page: Page, number: int) -> None:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def camera(server: str, visit: Visit) -> Page:
+async def camera(url: str, visit: Visit) -> Page:
     """A page whose camera is on."""
-    return await start_camera(await connected(await visit(server, permissions=["camera"])))
+    return await start_camera(await connected(await visit(url, permissions=["camera"])))
 
 
 async def green_box(page: Page, selector: str) -> list[float]:
@@ -619,8 +620,8 @@ async def test_the_boxes_are_drawn_over_the_video_mirrored(camera: Page) -> None
     assert await camera.locator("video").evaluate(mirrored) == "matrix(-1, 0, 0, 1, 0, 0)"
 
 
-async def test_a_camera_on_the_back_is_not_mirrored(server: str, visit: Visit) -> None:
-    page = await connected(await visit(server, permissions=["camera"]))
+async def test_a_camera_on_the_back_is_not_mirrored(url: str, visit: Visit) -> None:
+    page = await connected(await visit(url, permissions=["camera"]))
     back = "MediaStreamTrack.prototype.getSettings = () => ({ facingMode: 'environment' })"
     await page.evaluate(back)
     await start_camera(page)
@@ -641,20 +642,20 @@ async def test_two_looks_are_under_way_at_once(camera: Page) -> None:
 
 
 async def test_what_the_camera_sees_is_neither_kept_nor_announced(
-    server: str, visit: Visit, camera: Page
+    url: str, visit: Visit, camera: Page
 ) -> None:
-    watcher = await connected(await visit(server))
+    watcher = await connected(await visit(url))
     await looks(camera, 10)
-    assert await kept(server) == []
-    await post(server, name="later.jpg")
+    assert await kept(url) == []
+    await post_photo(url, name="later.jpg")
     await names(watcher).to_have_text(["later.jpg"])
 
 
-async def test_a_button_posts_one_picture_to_all(server: str, visit: Visit, camera: Page) -> None:
-    watcher = await connected(await visit(server))
+async def test_a_button_posts_one_picture_to_all(url: str, visit: Visit, camera: Page) -> None:
+    watcher = await connected(await visit(url))
     await camera.get_by_role("button", name="Post this picture to all").click()
     await names(watcher).to_have_text(["camera.jpg"])
-    (picture,) = await kept(server)
+    (picture,) = await kept(url)
     (face,) = picture["faces"]
     assert (picture["width"], picture["height"]) == (640, 480)
     assert face["x"] + face["width"] / 2 == pytest.approx(282, abs=20)  # as others see her
@@ -676,8 +677,8 @@ async def test_the_camera_stops_when_the_tab_is_hidden(camera: Page) -> None:
     assert await camera.evaluate("video.srcObject") is None
 
 
-async def test_without_a_permission_it_says_so(server: str, visit: Visit) -> None:
-    page = await connected(await visit(server))
+async def test_without_a_permission_it_says_so(url: str, visit: Visit) -> None:
+    page = await connected(await visit(url))
     await page.get_by_role("button", name="Live camera").click()
     await expect(page.locator("#refusals p")).to_contain_text(["was not allowed to use the camera"])
 
@@ -688,38 +689,41 @@ async def test_without_a_permission_it_says_so(server: str, visit: Visit) -> Non
     ids=["laptop", "phone"],
 )
 async def test_by_plain_http_the_button_says_what_to_do_before_one_presses_it(
-    server: str, visit: Visit, device: Any, words: str
+    url: str, visit: Visit, device: Any, words: str
 ) -> None:
-    page = await connected(await visit(server.replace("127.0.0.1", "classroom"), **device))
+    page = await connected(await visit(url.replace("127.0.0.1", "classroom"), **device))
     button = page.get_by_role("button", name="Live camera")
     await expect(button).to_contain_text(words)
     await button.click()
-    local = server.replace("127.0.0.1", "localhost")
+    local = url.replace("127.0.0.1", "localhost")
     await expect(page.locator("#refusals p")).to_contain_text([local])
 
 
 async def test_the_camera_waits_for_a_busy_server(visit: Visit) -> None:
     large = jpeg(7000, 7000)
-    async with serving("--queue", "0") as url, aiohttp.ClientSession() as session:
-        page = await start_camera(await connected(await visit(url, permissions=["camera"])))
+    with run_server("--queue", "0") as server:
+        async with aiohttp.ClientSession() as session:
+            page = await start_camera(
+                await connected(await visit(server.url, permissions=["camera"]))
+            )
 
-        async def keep_busy() -> None:
-            while True:
-                async with session.post(f"{url}/image", data=large) as response:
-                    await response.read()
+            async def keep_busy() -> None:
+                while True:
+                    async with session.post(f"{server.url}/image", data=large) as response:
+                        await response.read()
 
-        others = [asyncio.create_task(keep_busy()) for _ in range(2 * (os.cpu_count() or 1))]
-        await expect(page.locator("#seen")).to_have_text("The server is busy")
-        for other in others:
-            other.cancel()
-        await expect(page.locator("#seen")).to_have_text("1 face")
+            others = [asyncio.create_task(keep_busy()) for _ in range(2 * (os.cpu_count() or 1))]
+            await expect(page.locator("#seen")).to_have_text("The server is busy")
+            for other in others:
+                other.cancel()
+            await expect(page.locator("#seen")).to_have_text("1 face")
 
 
 async def test_the_camera_waits_for_a_server_that_is_away(visit: Visit) -> None:
-    async with serving() as url:
-        page = await start_camera(await connected(await visit(url, permissions=["camera"])))
+    with run_server() as server:
+        page = await start_camera(await connected(await visit(server.url, permissions=["camera"])))
     await expect(page.locator("#seen")).to_have_text("The server is away")
-    async with serving("--port", str(urlsplit(url).port)):
+    with run_server("--port", str(server.port)):
         await expect(page.locator("#seen")).to_have_text("1 face")
 
 
@@ -731,12 +735,12 @@ async def test_the_camera_waits_for_a_server_that_is_away(visit: Visit) -> None:
     "size", [(512, 512), (1080, 1920), (4000, 500)], ids=["square", "portrait", "panorama"]
 )
 async def test_the_newest_photo_and_its_words_are_on_the_first_screen(
-    server: str, visit: Visit, device: Any, size: tuple[int, int]
+    url: str, visit: Visit, device: Any, size: tuple[int, int]
 ) -> None:
     for _ in range(3):
-        await post(server, TINY)
-    await post(server, jpeg(*size))
-    page = await connected(await visit(server.replace("127.0.0.1", "classroom"), **device))
+        await post_photo(url, TINY)
+    await post_photo(url, jpeg(*size))
+    page = await connected(await visit(url.replace("127.0.0.1", "classroom"), **device))
     newest = page.locator(CARDS).first
     await expect(newest.locator("img")).to_have_js_property("naturalWidth", size[0])
     await expect(newest.locator("img")).to_be_in_viewport(ratio=1)
@@ -745,19 +749,19 @@ async def test_the_newest_photo_and_its_words_are_on_the_first_screen(
 
 
 async def test_the_camera_leaves_the_newest_photo_on_the_first_screen(
-    server: str, visit: Visit
+    url: str, visit: Visit
 ) -> None:
-    await post(server)
-    page = await connected(await visit(server, permissions=["camera"], **LAPTOP))
+    await post_photo(url)
+    page = await connected(await visit(url, permissions=["camera"], **LAPTOP))
     await start_camera(page)
     await expect(page.locator("#camera")).to_be_in_viewport(ratio=1)
     await expect(page.locator(CARDS)).to_be_in_viewport(ratio=1)
 
 
-async def test_30_photos_fit_a_phone_in_two_columns(server: str, visit: Visit) -> None:
+async def test_30_photos_fit_a_phone_in_two_columns(url: str, visit: Visit) -> None:
     for number in range(30):
-        await post(server, TINY, f"{number} is a name of many words.jpg")
-    page = await connected(await visit(server, permissions=["camera"], **PHONE))
+        await post_photo(url, TINY, f"{number} is a name of many words.jpg")
+    page = await connected(await visit(url, permissions=["camera"], **PHONE))
     await expect(page.locator(CARDS)).to_have_count(30)
     lefts = "cards => new Set(cards.map((card) => card.getBoundingClientRect().left)).size"
     assert await page.locator(CARDS).evaluate_all(lefts) == 2
@@ -771,36 +775,36 @@ async def test_30_photos_fit_a_phone_in_two_columns(server: str, visit: Visit) -
 
 
 async def test_nothing_is_said_of_dropping_where_nothing_can_be_dropped(
-    server: str, visit: Visit
+    url: str, visit: Visit
 ) -> None:
     drop = re.compile("drop", re.IGNORECASE)
-    phone, laptop = await visit(server, **PHONE), await visit(server, **LAPTOP)
+    phone, laptop = await visit(url, **PHONE), await visit(url, **LAPTOP)
     await expect((await connected(laptop)).get_by_text(drop)).to_be_visible()
     await expect((await connected(phone)).get_by_text(drop)).to_be_hidden()
 
 
 @pytest.mark.parametrize("device", [PHONE, LAPTOP], ids=["phone", "laptop"])
 async def test_an_empty_page_tells_how_to_post_from_a_terminal(
-    server: str, visit: Visit, device: Any
+    url: str, visit: Visit, device: Any
 ) -> None:
-    page = await connected(await visit(server, **device))
-    command = page.get_by_text(f"curl -F image=@photo.jpg {server}/image")
+    page = await connected(await visit(url, **device))
+    command = page.get_by_text(f"curl -F image=@photo.jpg {url}/image")
     await expect(command).to_be_in_viewport(ratio=1)
-    await post(server)
+    await post_photo(url)
     await expect(command).to_be_hidden()
 
 
-async def test_an_empty_page_shows_the_address_for_others(server: str, visit: Visit) -> None:
-    address = server.replace("127.0.0.1", "classroom")
+async def test_an_empty_page_shows_the_address_for_others(url: str, visit: Visit) -> None:
+    address = url.replace("127.0.0.1", "classroom")
     page = await connected(await visit(address))
     await expect(page.locator("#empty").get_by_text(address, exact=True)).to_be_visible()
     await expect(page.locator("#address")).to_be_hidden()  # it would stand there twice
-    await post(server)
+    await post_photo(url)
     await expect(page.locator("#address")).to_contain_text(address)
 
 
-async def test_where_others_cannot_come_in_it_says_how_they_can(server: str, visit: Visit) -> None:
-    page = await connected(await visit(server))
+async def test_where_others_cannot_come_in_it_says_how_they_can(url: str, visit: Visit) -> None:
+    page = await connected(await visit(url))
     await expect(page.locator("#empty")).to_contain_text("Start the server with --host 0.0.0.0")
 
 
@@ -809,22 +813,22 @@ async def test_where_others_cannot_come_in_it_says_how_they_can(server: str, vis
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 async def test_light_and_dark_by_the_setting_of_the_system(
-    server: str, visit: Visit, scheme: str
+    url: str, visit: Visit, scheme: str
 ) -> None:
-    page = await connected(await visit(server, color_scheme=scheme))
+    page = await connected(await visit(url, color_scheme=scheme))
     seen = np.frombuffer(await page.screenshot(), np.uint8)
     assert (np.median(cv2.imdecode(seen, cv2.IMREAD_GRAYSCALE)) < 50) == (scheme == "dark")
 
 
-async def test_it_works_by_keyboard(server: str, visit: Visit) -> None:
-    page = await connected(await visit(server, permissions=["camera"]))
+async def test_it_works_by_keyboard(url: str, visit: Visit) -> None:
+    page = await connected(await visit(url, permissions=["camera"]))
     chooser: asyncio.Future[FileChooser] = asyncio.get_running_loop().create_future()
     page.once("filechooser", lambda opened: chooser.set_result(opened))
     await page.keyboard.press("Tab")
     await expect(page.get_by_label("Choose photos")).to_be_focused()
     await page.keyboard.press("Enter")
     async with asyncio.timeout(TIMEOUT):
-        await (await chooser).set_files(ASTRONAUT)
+        await (await chooser).set_files(ASTRONAUT_FILE)
     await expect(page.locator(CARDS)).to_be_visible()
     await page.keyboard.press("Tab")
     await expect(page.get_by_role("button", name="Live camera")).to_be_focused()
@@ -837,10 +841,10 @@ async def test_it_works_by_keyboard(server: str, visit: Visit) -> None:
     await expect(page.locator("#camera")).to_be_hidden()
 
 
-async def test_a_photo_has_two_stops_for_the_tab_key(server: str, visit: Visit) -> None:
+async def test_a_photo_has_two_stops_for_the_tab_key(url: str, visit: Visit) -> None:
     for name in ("second.jpg", "first.jpg"):
-        await post(server, TINY, name)
-    page = await connected(await visit(server))
+        await post_photo(url, TINY, name)
+    page = await connected(await visit(url))
     await expect(page.locator(CARDS)).to_have_count(2)
     await page.get_by_role("button", name="Live camera").focus()
     for card in await page.locator(CARDS).all():
@@ -851,9 +855,9 @@ async def test_a_photo_has_two_stops_for_the_tab_key(server: str, visit: Visit) 
             assert await focused.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
 
 
-async def test_a_screen_reader_is_told_of_new_photos(server: str, visit: Visit) -> None:
-    page = await connected(await visit(server))
+async def test_a_screen_reader_is_told_of_new_photos(url: str, visit: Visit) -> None:
+    page = await connected(await visit(url))
     for _ in range(2):
-        await post(server)
+        await post_photo(url)
     news = page.get_by_role("status").filter(has_text="new photo")
     await expect(news).to_have_text("2 new photos, 2 faces")

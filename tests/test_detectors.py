@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import photos
 import pytest
+from helpers import ROOT
 
 import server
-from conftest import ROOT
 from server import cv2, np
 
 YUNET = ROOT / "models/face_detection_yunet_2023mar.onnx"
@@ -114,7 +114,7 @@ def test_a_photo_that_passes_everywhere_is_searched_in_time() -> None:
 
 def test_many_threads_find_what_one_finds(detector: server.Detector) -> None:
     images = [
-        *list(photos.KINDS().values())[::5],
+        *list(photos.KINDS.values())[::5],
         photos.encode(".jpg", CROWD),
         photos.encode(".png", NOISE),
     ]

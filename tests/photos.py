@@ -1,7 +1,6 @@
-"""Photos of all kinds, honest ones and others, for the tests and for bench/fuzz.py."""
+"""Photos of all kinds, honest ones and others, for the tests and for fuzz.py."""
 
 import base64
-import functools
 import itertools
 import struct
 import zlib
@@ -10,7 +9,8 @@ from pathlib import Path
 from server import cv2, np  # which has set OpenCV's limits
 
 FOLDER = Path(__file__).parent
-ASTRONAUT = (FOLDER.parent / "samples/astronaut.jpg").read_bytes()  # 512 x 512, one face
+ASTRONAUT_FILE = FOLDER.parent / "samples/astronaut.jpg"
+ASTRONAUT = ASTRONAUT_FILE.read_bytes()  # 512 x 512, one face
 FRAME, LENGTH, TEXTURE = (
     (FOLDER / f"attacks/{name}.png").read_bytes() for name in ("frame", "length", "texture")
 )
@@ -83,6 +83,9 @@ def png(
 def blank_png(width: int, height: int) -> bytes:
     """A black PNG of one bit a pixel, thousands of times smaller than its pixels."""
     return png(width, height, zlib.compress(bytes((1 + (width + 7) // 8) * height), 9))
+
+
+TINY = blank_png(9, 9)
 
 
 def interlaced_png(image: np.ndarray) -> bytes:
@@ -200,4 +203,4 @@ def kinds(image: np.ndarray) -> dict[str, bytes]:
     }
 
 
-KINDS = functools.cache(lambda: kinds(pixels()))
+KINDS = kinds(pixels())

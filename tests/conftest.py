@@ -1,0 +1,136 @@
+"""The servers and the browser that the tests use."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pytest
+import pytest_asyncio
+from helpers import INSTALL, ROOT, TIMEOUT, Server, run_server, until
+from photos import cv2, encode, pixels
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser, Page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox",  # which root cannot use
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--use-fake-device-for-media-stream",
+    "--host-resolver-rules=MAP classroom 127.0.0.1",  # not localhost, so http is not trusted
+]
+
+
+# --- Servers ---
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[Server]:
+    with run_server("--upload-timeout", "3") as server:
+        yield server
+
+
+@pytest.fixture
+async def server(shared_server: Server) -> AsyncIterator[Server]:
+    """The server that most tests share; after each it is well, and has logged no traceback."""
+    before = shared_server.log.stat().st_size
+    yield shared_server
+    await until(shared_server, queued=0, clients=0)
+    assert "Traceback" not in shared_server.log.read_text()[before:]
+
+
+@pytest.fixture
+def fresh() -> Iterator[Server]:
+    """A server of one's own: nothing is kept yet, and it may be measured or stopped."""
+    with run_server() as server:
+        yield server
+
+
+@pytest.fixture
+def url(fresh: Server) -> str:
+    """The URL of a fresh server."""
+    return fresh.url
+
+
+@pytest.fixture
+def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Writes a program that runs the server after these lines."""
+
+    def changed(lines: str) -> Path:
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        program = tmp_path / "changed.py"
+        program.write_text(f"import socket\nimport server\n{lines}\nserver.main()")
+        return program
+
+    return changed
+
+
+# --- The browser ---
+@contextlib.asynccontextmanager
+async def chromium(camera: Path) -> AsyncIterator[Browser]:
+    """Run Chromium with a video as its camera."""
+    playwright = pytest.importorskip("playwright.async_api", reason=f"needs Playwright: {INSTALL}")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    async with playwright.async_playwright() as driver:
+        flags = [*FLAGS, f"--use-file-for-fake-video-capture={camera}"]
+        browser = await driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        await browser.close()
+
+
+def film(path: Path) -> Path:
+    """Write a video of 640 x 480 pixels, of the astronaut's upper part, as what a camera sees."""
+    path.write_bytes(encode(".jpg", cv2.resize(pixels()[:384], (640, 480))) * 2)
+    return path
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def browser(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Browser]:
+    async with chromium(film(tmp_path_factory.mktemp("camera") / "astronaut.mjpeg")) as browser:
+        yield browser
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Page]]]:
+    """Open a URL in a browser profile of its own. In the end, nothing may have gone wrong."""
+    contexts, faults = [], []
+
+    async def visit(url: str, allow: str = "", **options: Any) -> Page:
+        own = urlsplit(url).netloc
+
+        def check(request_url: str) -> None:
+            parts = urlsplit(request_url)
+            if (
+                parts.netloc != own
+                and parts.scheme not in ("data", "blob")
+                and f"//{parts.netloc}" not in allow
+            ):
+                faults.append(f"a request to {request_url}")
+
+        context = await browser.new_context(**options)
+        context.set_default_timeout(TIMEOUT * 1000)
+        contexts.append(context)
+        listener = "(v) => console.log('violates', v.effectiveDirective, v.blockedURI)"
+        await context.add_init_script(f"addEventListener('securitypolicyviolation', {listener})")
+        page = await context.new_page()
+        page.on("request", lambda request: check(request.url))
+        page.on("websocket", lambda socket: check(socket.url))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on(
+            "console", lambda message: "violates" in message.text and faults.append(message.text)
+        )
+        await page.goto(url)
+        return page
+
+    yield visit
+    for context in contexts:
+        await context.close()
+    assert not faults

@@ -1,0 +1,539 @@
+"""Nothing that a client sends, or fails to do, may hurt anyone else: raw sockets show it."""
+
+import asyncio
+import contextlib
+import gzip
+import json
+import struct
+import subprocess
+import sys
+import time
+from email.message import Message
+
+import photos
+import pytest
+from helpers import (
+    CLOSE,
+    FORM,
+    LONG_NAME,
+    PING,
+    PINGS,
+    ROOT,
+    START,
+    TEXT,
+    TEXTS,
+    TIMEOUT,
+    Health,
+    Server,
+    ask,
+    chunked,
+    connect,
+    flooding,
+    frame,
+    head_of,
+    health,
+    memory,
+    post_and_get_path,
+    run_server,
+    stop,
+    stuffed,
+    to_get,
+    to_post,
+    to_watch,
+    until,
+    watch,
+)
+from photos import ASTRONAUT, MIB, TINY, np
+
+BYTES_A_PIXEL = 9  # that a photo takes at most while it is annotated
+DAMAGED = "The photo is damaged or cut short."
+
+
+# --- Photos that hurt ---
+async def test_an_animation_that_crashes_opencv_is_answered(server: Server) -> None:
+    assert (await ask(server, to_post(photos.FRAME))).status in (201, 422)
+
+
+async def test_a_chunk_that_claims_4_gib_takes_no_memory(fresh: Server) -> None:
+    before = memory(fresh, "VmHWM")
+    assert (await ask(fresh, to_post(photos.LENGTH))).says(422, DAMAGED)
+    assert memory(fresh, "VmHWM") - before < 32
+
+
+async def test_an_animated_16_bit_png_takes_what_a_photo_takes(fresh: Server) -> None:
+    photo = photos.animated_png(3000, 3000, depth=16, color=6, frames=3, row=3000 * 8)
+    before = memory(fresh, "VmHWM")
+    assert (await ask(fresh, to_post(photo))).says(201)
+    assert memory(fresh, "VmHWM") - before < 9 * BYTES_A_PIXEL + 16
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+async def test_what_a_png_has_beside_its_pixels_is_not_inflated(
+    server: Server, kind: bytes
+) -> None:
+    """These are 7 GB. libpng inflates up to 1,000 chunks, each to 8 MB."""
+    photo = photos.with_chunk(TINY, kind, b"a\0\0" + photos.zeros(7 * MIB), times=950)
+    begin = time.monotonic()
+    assert (await ask(server, to_post(photo))).says(201)
+    assert time.monotonic() - begin < 5
+
+
+async def test_a_texture_full_of_faces_is_done_in_time(server: Server) -> None:
+    start = time.monotonic()
+    assert (await ask(server, to_post(photos.TEXTURE))).says(201)
+    assert time.monotonic() - start < 5
+
+
+async def test_a_jpeg_has_at_most_40_scans(server: Server) -> None:
+    assert (await ask(server, to_post(photos.jpeg_of_scans(512, 40)))).says(201)
+    start = time.monotonic()
+    assert (await ask(server, to_post(photos.jpeg_of_scans(7000, 500)))).says(422, "40 scans")
+    assert time.monotonic() - start < 2
+
+
+async def test_scans_cannot_hide_behind_what_looks_like_segments(server: Server) -> None:
+    """Some markers begin no segment, and libjpeg skips what is between two segments."""
+    for filler in (b"", b"\xff\xff\xff", b"\xff\xd0", b"\xff\x01", b"\xff\x02", b"\xff\xfe\0\2"):
+        photo = photos.jpeg_of_scans(512, 41, filler)
+        assert (await ask(server, to_post(photo))).says(422, "40 scans")
+
+
+def lying_gif() -> bytes:
+    gif = photos.encode(".gif")
+    return gif[:6] + (20_000).to_bytes(2, "little") * 2 + gif[10:]
+
+
+def lying_webp() -> bytes:
+    """An extended WebP around a photo of 512 x 512."""
+    size = (20_000 - 1).to_bytes(3, "little") * 2
+    body = b"WEBPVP8X\x0a\0\0\0" + bytes(4) + size + photos.encode(".webp")[12:]
+    return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+
+TOO_LARGE = {
+    "JPEG": photos.lying_jpeg(20_000, 20_000),
+    "PNG": photos.blank_png(20_000, 20_000),
+    "PNG of 51 megapixels": photos.png(7300, 7000, b""),
+    "PNG of 2^31": photos.png(2**31 - 1, 2**31 - 1, b""),
+    "WebP": lying_webp(),
+    "GIF": lying_gif(),
+}
+
+
+async def test_a_photo_that_claims_too_many_pixels_is_refused_at_once(fresh: Server) -> None:
+    before = memory(fresh, "VmHWM")
+    for kind, photo in TOO_LARGE.items():
+        words = "damaged" if kind == "PNG of 2^31" else "OPENCV_IO_MAX_IMAGE_PIXELS"
+        assert (await ask(fresh, to_post(photo))).says(422, words)
+    assert memory(fresh, "VmHWM") - before < 32
+
+
+async def test_the_limit_of_pixels_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", "80")
+    with run_server() as server:
+        assert (await ask(server, to_post(TINY))).says(422, "Over 80 pixels")
+
+
+async def test_a_photo_for_which_memory_runs_out_is_refused_for_now(fresh: Server) -> None:
+    resource = pytest.importorskip("resource")
+    assert (await ask(fresh, to_post(TINY))).says(201)  # its thread has its memory
+    limit = int((memory(fresh, "VmSize") + 50) * MIB)
+    resource.prlimit(fresh.process.pid, resource.RLIMIT_AS, (limit, -1))
+    assert (await ask(fresh, to_post(photos.blank_png(7000, 7000)))).says(503, "memory")
+    assert (await ask(fresh, to_post(TINY))).says(201)
+
+
+async def test_a_jpeg_of_millions_of_segments_is_done_in_time(server: Server) -> None:
+    start = time.monotonic()
+    photo = b"\xff\xd8" + b"\xff\xfe\0\2" * 5_000_000 + ASTRONAUT[2:]
+    assert (await ask(server, to_post(photo))).status in (201, 422)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WebP", "GIF", "form"])
+def test_mutants_are_annotated_or_refused(name: str) -> None:
+    """A short run of fuzz.py."""
+    command = [sys.executable, str(ROOT / "tests/fuzz.py"), "0.02", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    row = done.stdout.splitlines()[-1].split(" | ")
+    assert int(row[2].replace(",", "")) > 100, done.stderr
+    assert row[-1] == "none |"
+
+
+# --- Bodies that hurt ---
+async def test_a_compressed_body_is_refused(server: Server) -> None:
+    body = gzip.compress(ASTRONAUT)
+    assert (await ask(server, to_post(body, "Content-Encoding: gzip"))).says(415, "not a JPEG")
+
+
+FILLERS = [b"\t", b"\r\n", b"; ", b'; filename="', b";filename*=", b"\r\n--b\r\n", b"-"]
+
+
+@pytest.mark.parametrize("start", [b"--b", START], ids=["boundary", "headers"])
+@pytest.mark.parametrize("filler", FILLERS)
+async def test_a_form_of_19_mb_of_anything_holds_nobody_up(
+    server: Server, start: bytes, filler: bytes
+) -> None:
+    form = start + filler * (19 * 10**6 // len(filler)) + b"\r\n\r\na\r\n--b--\r\n"
+    with Health(server) as healthy:
+        assert (await ask(server, to_post(form, FORM))).status in (400, 415)
+    assert healthy.longest < 1
+
+
+async def test_a_form_of_millions_of_lines_takes_no_memory(fresh: Server) -> None:
+    before = memory(fresh, "VmHWM")
+    assert (await ask(fresh, to_post(b"--\r\n" * 5_000_000, FORM))).says(400, "complete")
+    assert memory(fresh, "VmHWM") - before < 100
+
+
+OVER = bytes(20 * MIB + 1)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        to_post(OVER),
+        head_of("POST", "/image", "Transfer-Encoding: chunked") + chunked(OVER),
+        head_of("POST", "/image", FORM, "Transfer-Encoding: chunked") + chunked(START + OVER),
+    ],
+    ids=["body", "chunked", "form"],
+)
+async def test_a_body_over_the_limit_is_refused_as_it_arrives(
+    server: Server, request_: bytes
+) -> None:
+    assert (await ask(server, request_)).says(413, "--max-mb")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [b"GARBAGE\r\n\r\n", to_get("/", "A: \0"), to_get("/" + "a" * 9000), to_get("/", "no colon")],
+)
+async def test_what_is_not_http_is_refused(request_: bytes) -> None:
+    with run_server(tracebacks=True) as server:  # aiohttp logs one for each
+        assert (await ask(server, request_)).status == 400
+
+
+async def test_an_upload_that_takes_too_long_is_cut_off(server: Server) -> None:
+    async with connect(server) as slow:
+        await slow.send(head_of("POST", "/image", "Content-Length: 99"))
+        for _ in range(2):
+            await slow.send(b"a")
+            await asyncio.sleep(1)
+            assert (await ask(server, to_post(TINY))).says(201)
+        assert (await slow.answer()).says(408, "--upload-timeout")
+
+
+async def test_headers_that_trickle_are_cut_off(server: Server) -> None:
+    async with connect(server) as slow, asyncio.timeout(10):
+        with contextlib.suppress(ConnectionError):
+            while not slow.reader.at_eof():
+                await slow.send(b"G")
+                await asyncio.wait([asyncio.create_task(slow.reader.read(1))], timeout=0.5)
+
+
+async def test_uploads_that_stall_keep_nobody_from_posting(server: Server) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(100):
+            client = await stack.enter_async_context(connect(server))
+            await client.send(head_of("POST", "/image", f"Content-Length: {MIB}") + b"a")
+        start = time.monotonic()
+        assert (await ask(server, to_post(TINY))).says(201)
+        assert time.monotonic() - start < 1
+
+
+async def test_uploads_take_no_more_memory_than_eight_bodies() -> None:
+    """What has come of them counts, not what they claim; when one leaves, others may come."""
+    large, cut = b"a" * MIB, MIB - 9
+    async with contextlib.AsyncExitStack() as stack:
+        server = stack.enter_context(run_server("--max-mb", "1"))
+        clients = [await stack.enter_async_context(connect(server)) for _ in range(8)]
+        for client in clients:
+            await client.send(
+                to_post(large)[: cut + len(head_of("POST", "/image", "Content-Length: 1048576"))]
+            )
+        async with asyncio.timeout(TIMEOUT):
+            while (await ask(server, to_post(large[:500]))).status != 503:
+                pass
+            clients[0].reset()
+            while (await ask(server, to_post(large[:500]))).status == 503:
+                pass
+        for client in clients[1:]:  # they were in time
+            await client.send(large[cut:])
+            assert (await client.answer()).says(415)
+
+
+async def test_clients_that_leave_give_their_place_back() -> None:
+    photo = photos.photo_of(3000, 3000)
+    with run_server("--queue", "0", "--upload-timeout", "10") as server:
+        for cut in (len(photo) // 2, len(photo) + 999):  # in the upload, and in the detection
+            for _ in range(40):
+                async with connect(server) as client:
+                    await client.send(to_post(photo)[:cut])
+                    client.reset()
+            await until(server, queued=0)
+            assert (await ask(server, to_post(TINY))).says(201)
+
+
+# --- Photos that wait ---
+async def test_each_thread_has_its_own_queue() -> None:
+    slow = photos.png(9, 9, photos.zeros(250 * MIB))  # libpng reads them for half a second
+    with run_server("--threads", "2", "--queue", "1") as server:
+        answers = await asyncio.gather(*(ask(server, to_post(slow)) for _ in range(5)))
+        assert sorted(answer.status for answer in answers) == [201] * 4 + [503]
+
+
+async def test_a_hundred_large_photos_at_once_stay_within_memory() -> None:
+    threads, megapixels = 2, 9
+    photo = photos.photo_of(3000, 3000)
+    with run_server("--threads", str(threads), "--queue", "2") as server:
+        with Health(server) as healthy:
+            answers = await asyncio.gather(*(ask(server, to_post(photo)) for _ in range(100)))
+        assert all(answer.says(answer.status) for answer in answers)
+        assert {answer.status for answer in answers} == {201, 503}
+        assert healthy.longest < 1
+        bound = threads * megapixels * BYTES_A_PIXEL + 14 * len(photo) / MIB + 200
+        assert memory(server, "VmHWM") < bound
+
+
+async def test_photos_that_are_refused_at_once_take_no_memory(fresh: Server) -> None:
+    before = memory(fresh, "VmHWM")
+    for _ in range(20):
+        assert (await ask(fresh, to_post(b"text" * (4 * MIB)))).says(415)
+    assert memory(fresh, "VmHWM") - before < 100
+
+
+async def test_photos_that_are_refused_never_drop_an_image(server: Server) -> None:
+    """By default, 100 images are kept."""
+    image = await post_and_get_path(server, ASTRONAUT)
+    answers = await asyncio.gather(*(ask(server, to_post(b"a")) for _ in range(120)))
+    assert {answer.status for answer in answers} <= {415, 503}
+    assert (await ask(server, to_get(image))).says(200)
+
+
+async def test_photos_that_are_refused_never_drop_one_that_is_under_way(server: Server) -> None:
+    slow = photos.png(9, 9, photos.zeros(1500 * MIB))  # libpng reads them for some seconds
+    posting = asyncio.create_task(ask(server, to_post(slow)))
+    await until(server, queued=1)
+    async with connect(server) as client:
+        await client.send(to_post(b"a") * 200)
+        for _ in range(200):
+            assert (await client.answer()).status in (415, 503)
+    assert (await posting).says(201)
+
+
+async def test_the_bytes_of_an_image_that_was_dropped_do_not_count() -> None:
+    with run_server("--keep", "1") as server:
+        for photo in (ASTRONAUT, TINY):
+            path = await post_and_get_path(server, photo)
+        size = len((await ask(server, to_get(path))).body)
+        assert {"images": 1, "bytes": size}.items() <= (await health(server)).items()
+
+
+# --- Clients that do not read, or never stop writing ---
+async def test_a_hundred_who_get_an_image_and_do_not_read_it_take_no_memory() -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (3600, 3600, 3), np.uint8)
+    with run_server("--upload-timeout", "2") as server:
+        meta = json.loads((await ask(server, to_post(photos.encode(".jpg", noise)))).body)
+        path = meta["url"].partition("localhost")[2]
+        size = int((await ask_head(server, path))["Content-Length"])
+        assert size > 10**7
+        async with contextlib.AsyncExitStack() as stack:
+            before = memory(server, "VmRSS")
+            deaf = [
+                await stack.enter_async_context(connect(server, receive_buffer=4096))
+                for _ in range(100)
+            ]
+            for each in deaf:
+                await each.send(to_get(path))
+            await asyncio.sleep(1)
+            assert memory(server, "VmRSS") - before < 30
+            await asyncio.sleep(3)  # without progress: cut off
+            assert len(await deaf[0].end()) < size
+
+
+async def test_a_connection_that_is_not_used_is_closed() -> None:
+    with run_server("--upload-timeout", "1") as server:
+        async with connect(server) as idle, asyncio.timeout(10):
+            assert await idle.end() == b""
+
+
+async def ask_head(server: Server, path: str) -> Message:
+    async with connect(server) as client:
+        await client.send(head_of("HEAD", path))
+        return (await client.head())[1]
+
+
+async def test_watchers_that_do_not_read_are_cut_off_and_hold_nobody_up(server: Server) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        good = await stack.enter_async_context(watch(server))
+        client = await stack.enter_async_context(connect(server))
+        for _ in range(10):
+            await stack.enter_async_context(watch(server, "?format=json", receive_buffer=2048))
+        await until(server, clients=11)
+        before = memory(server, "VmRSS")
+        while (await health(server))["clients"] > 1:  # the kernels take up to 4 MB for each
+            await client.send(to_post(LONG_NAME, FORM) * 200)
+            for _ in range(200):
+                answer = await client.answer()
+                assert answer.says(201)
+                assert await good.frame() == (TEXT, answer.headers["Location"].encode())
+        assert memory(server, "VmRSS") - before < 10
+
+
+async def test_a_watcher_that_is_leaving_takes_nothing_from_the_others(server: Server) -> None:
+    """What it has not read keeps it from being gone."""
+    async with stuffed(server) as leaving, watch(server) as good:
+        leaving.writer.write_eof()
+        for _ in range(2):
+            answer = await ask(server, to_post(TINY))
+            assert answer.says(201)
+            assert await good.frame() == (TEXT, answer.headers["Location"].encode())
+
+
+@pytest.mark.parametrize("data", [PINGS, TEXTS], ids=["pings", "texts"])
+async def test_ten_watchers_that_talk_all_the_time_hold_nobody_up(
+    fresh: Server, data: bytes
+) -> None:
+    async with flooding(fresh, data, watching=True):
+        with Health(fresh) as healthy:
+            await asyncio.sleep(1)
+            assert (await ask(fresh, to_post(TINY))).says(201)
+    assert healthy.longest < 1
+
+
+async def test_a_watcher_that_pings_and_does_not_read_takes_no_memory(server: Server) -> None:
+    async with watch(server, receive_buffer=2048) as deaf:
+        before = memory(server, "VmRSS")
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(3):
+                while True:
+                    deaf.writer.write(frame(PING, bytes(125)) * 500)
+                    await deaf.writer.drain()
+        assert memory(server, "VmRSS") - before < 10
+
+
+async def test_a_long_message_of_a_watcher_ends_it(server: Server) -> None:
+    async with watch(server) as good, watch(server) as bad:
+        await bad.send(b"\x81\xfe" + struct.pack(">H", 1026) + bytes(4 + 1026))
+        assert await bad.frame() == (CLOSE, struct.pack(">H", 1009))
+        answer = await ask(server, to_post(TINY))
+        assert await good.frame() == (TEXT, answer.headers["Location"].encode())
+
+
+async def test_a_watcher_gets_no_compression(server: Server) -> None:
+    """It would take 256 KiB for each."""
+    async with connect(server) as client:
+        await client.send(to_watch("", "Sec-WebSocket-Extensions: permessage-deflate"))
+        status, headers = await client.head()
+        assert (status, headers["Sec-WebSocket-Extensions"]) == (101, None)
+
+
+async def test_there_are_no_more_watchers_than_allowed() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        server = stack.enter_context(run_server("--max-clients", "2"))
+        for _ in range(2):
+            await stack.enter_async_context(watch(server))
+        assert (await ask(server, to_watch())).says(503, "--max-clients")
+
+
+async def test_more_connections_than_open_files_flood_no_log() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        server = stack.enter_context(run_server(files=100))
+        stalled = await stack.enter_async_context(connect(server))
+        await stalled.send(head_of("POST", "/image", "Content-Length: 99999"))  # the stop takes 1 s
+        for _ in range(200):
+            await stack.enter_async_context(connect(server))
+        await asyncio.sleep(2)
+        await stop(server)
+        assert server.log.stat().st_size < 1000
+
+
+# --- Pages of other sites, and the log ---
+# --- Pages of other sites ---
+HOSTS = {
+    "localhost": 200,
+    "LOCALHOST:80": 200,
+    "laptop": 200,
+    "127.0.0.1:8282": 200,
+    "192.168.1.5": 200,
+    "[::1]:8282": 200,
+    "evil.test": 403,
+    "evil.test.": 403,
+    "evil.test:8282": 403,
+    "127.0.0.1.evil.test": 403,
+    "localhost.evil.test": 403,
+    "localhost.": 403,
+    "a\udcff": 403,
+    "[": 403,
+    "a\u2100": 403,
+    "": 403,
+    "evil\u3002test": 403,
+    "a b": 403,
+    "user@localhost": 403,
+    "localhost/evil": 403,
+    "<script>": 403,
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+async def test_a_name_that_was_made_to_resolve_here_may_nothing(server: Server, host: str) -> None:
+    for request in (
+        to_get("/health", host=host),
+        to_get("/", host=host),
+        to_get("/image", host=host),
+    ):
+        assert (await ask(server, request)).says(HOSTS[host])
+    rebound = to_get("/health", f"Origin: http://{host}", host=host)
+    assert (await ask(server, rebound)).says(HOSTS[host])
+
+
+@pytest.mark.parametrize(
+    "options, status",
+    [
+        (["--host", "localhost"], 403),
+        (["--host", "0.0.0.0"], 200),
+        (["--public-url", "https://evil.test/app"], 200),
+        (["--public-url", "https://Evil.Test"], 200),  # browsers send a Host in lower case
+        (["--public-url", "https://evil.test/a//b"], 200),
+    ],
+)
+async def test_which_names_are_its_own_depends_on_its_options(
+    options: list[str], status: int
+) -> None:
+    with run_server(*options) as server:
+        assert (await ask(server, to_get("/health", host="evil.test"))).says(status)
+
+
+async def test_a_name_that_is_none_reaches_no_watcher() -> None:
+    """It would stand in the URLs, and nobody would get them."""
+    with run_server("--host", "0.0.0.0") as server:
+        async with watch(server) as good, connect(server) as bad:
+            await bad.send(to_watch().replace(b"localhost", b"a\xff"))
+            assert (await bad.answer()).says(403)
+            assert (await ask(server, to_post(TINY))).says(201)
+            assert (await good.frame())[0] == TEXT
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://evil.test",
+        "http://localhost:1",
+        "null",
+        "",
+        "http://localhost@evil.test",
+        "http://[x",
+        "http://\udcff",
+    ],
+)
+async def test_a_page_of_another_site_may_nothing(server: Server, origin: str) -> None:
+    line = f"Origin: {origin}"
+    for request in (to_get("/health", line), to_post(TINY, line), to_watch("", line)):
+        assert (await ask(server, request)).says(403, "--allow-origin")
+
+
+async def test_a_path_forges_no_line_of_the_log(server: Server) -> None:
+    before = server.log.stat().st_size
+    assert (await ask(server, to_get("/a%0a2025-01-01%20b%1b[31m"))).says(404, "/a%0a2025")
+    line = server.log.read_bytes()[before:]
+    assert (line.count(b"\n"), line.count(b"\x1b")) == (1, 0)

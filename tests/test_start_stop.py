@@ -1,0 +1,162 @@
+"""The start says where it listens, the log what happens; a stop finishes what is under way."""
+
+import asyncio
+import contextlib
+import re
+import struct
+import subprocess
+import sys
+
+import photos
+import pytest
+from helpers import (
+    CLOSE,
+    PINGS,
+    ROOT,
+    TEXTS,
+    TIMEOUT,
+    Server,
+    ask,
+    connect,
+    flooding,
+    head_of,
+    health,
+    run_server,
+    stop,
+    stuffed,
+    to_get,
+    to_post,
+    until,
+    watch,
+)
+from photos import MIB, TINY
+
+
+# --- The start ---
+@pytest.mark.parametrize("options", [["--port", "70000"], ["--host", ""], ["--host", "a b"]])
+def test_where_it_cannot_listen_it_says_so(options: list[str]) -> None:
+    command = [sys.executable, str(ROOT / "server.py"), "--port", "0", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert re.search("--port|--host|port", done.stderr)
+
+
+async def test_the_log_has_the_time_and_one_line_for_a_photo_but_none_for_a_get() -> None:
+    with run_server() as server:
+        assert (await ask(server, to_post(TINY))).says(201)
+        assert (await ask(server, to_get("/image"))).says(200)
+        assert re.fullmatch(r"[\d-]+ [\d:,]+ None: 0 faces in \d+ ms\n", server.log.read_text())
+
+
+def test_with_an_opencv_that_has_no_cascades_it_says_what_to_install() -> None:
+    """OpenCV 5 has none."""
+    start = "import cv2, server; del cv2.CascadeClassifier; server.main()"
+    command = [sys.executable, "-c", start]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "requirements.txt" in done.stderr
+
+
+def test_without_a_network_it_starts_too(changed) -> None:
+    """As in a machine that has no route to anywhere."""
+    no_route = """
+def connect(*_):
+    raise OSError("Network is unreachable")
+
+socket.socket.connect = connect"""
+    with run_server("--host", "0.0.0.0", program=changed(no_route)) as server:
+        assert server.url == f"http://0.0.0.0:{server.port}"
+
+
+def test_what_asyncio_says_of_other_faults_is_logged(changed) -> None:
+    """Also if the name of a coroutine or a folder is like what it says too often."""
+    fault = """
+import logging
+
+def serve(_):
+    logging.getLogger("asyncio").error("A task failed\\ncoro=<accept() in /serving/server.py>")
+
+server.serve = serve"""
+    done = subprocess.run(
+        [sys.executable, changed(fault)], capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert (done.returncode, "A task failed" in done.stderr) == (0, True)
+
+
+def test_on_a_system_that_has_no_such_timeout_it_starts_too(changed) -> None:
+    """As macOS and Windows."""
+    with run_server(program=changed('vars(socket).pop("TCP_USER_TIMEOUT", None)')):
+        pass
+
+
+def test_where_others_may_come_in_it_says_at_which_address(changed) -> None:
+    route = 'socket.socket.connect = lambda probe, _: probe.bind(("127.0.0.1", 0))'
+    with run_server("--host", "0.0.0.0", program=changed(route)) as server:
+        assert server.url == f"http://127.0.0.1:{server.port}"
+
+
+# --- The stop ---
+async def test_it_can_be_stopped_as_soon_as_it_says_where_it_listens() -> None:
+    command = [sys.executable, str(ROOT / "server.py"), "--port", "0"]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert process.stdout
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            await process.stdout.readline()
+            process.terminate()
+            assert await process.wait() == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+
+
+async def test_at_the_stop_photos_are_finished_and_watchers_told(fresh: Server) -> None:
+    photo = photos.photo_of(2000, 1500)
+    async with contextlib.AsyncExitStack() as stack:
+        good = await stack.enter_async_context(watch(fresh))
+        for _ in range(20):
+            await stack.enter_async_context(watch(fresh, "?format=json", receive_buffer=2048))
+        stalled = await stack.enter_async_context(connect(fresh))
+        await stalled.send(head_of("POST", "/image", "Content-Length: 99999"))
+        posts = [asyncio.create_task(ask(fresh, to_post(photo))) for _ in range(3)]
+        leaving = await stack.enter_async_context(connect(fresh))
+        await leaving.send(to_post(photo))
+        await until(fresh, clients=21)
+        while (said := await health(fresh))["queued"] + said["images"] < 4:
+            pass
+        leaving.reset()
+        stopping = asyncio.create_task(stop(fresh))
+        answers = await asyncio.gather(*posts)
+        assert all(answer.says(201) for answer in answers)
+        announced = [(await good.frame())[1].decode() for _ in range(4)]
+        assert {answer.headers["Location"] for answer in answers} < set(announced)
+        assert await good.frame() == (CLOSE, struct.pack(">H", 1001))
+        assert await stopping < 8
+
+
+PIPELINE = to_get("/health") * 300
+
+
+@pytest.mark.parametrize(
+    "data, watching",
+    [(PINGS, True), (TEXTS, True), (PIPELINE, False)],
+    ids=["pings", "texts", "pipelined GETs"],
+)
+async def test_a_flood_does_not_delay_the_stop(fresh: Server, data: bytes, watching: bool) -> None:
+    async with flooding(fresh, data, watching):
+        assert await stop(fresh) < 8
+
+
+async def test_a_watcher_that_does_not_read_does_not_delay_the_stop(fresh: Server) -> None:
+    async with stuffed(fresh):
+        assert await stop(fresh) < 8
+
+
+async def test_a_photo_that_takes_a_minute_does_not_delay_the_stop(fresh: Server) -> None:
+    """libpng reads all the 20 GB behind the last row."""
+    async with connect(fresh) as client:
+        await client.send(to_post(photos.png(9, 9, photos.zeros(20_000 * MIB))))
+        await until(fresh, queued=1)
+        assert await stop(fresh) < 8
