@@ -343,7 +343,9 @@ async def make_image(app: web.Application, filename: str | None, photo: bytes) -
 async def get_image(request: web.Request) -> web.StreamResponse:
     """GET /image/{id}: the photo with its boxes."""
     image = await find_image(request)
-    return await send_image(request, image.id, len(image.jpeg))
+    image_id, size = image.id, len(image.jpeg)
+    del image  # send_image() looks it up again, so that a slow client holds no dropped image
+    return await send_image(request, image_id, size)
 
 
 async def get_meta(request: web.Request) -> web.Response:
@@ -596,7 +598,7 @@ async def run_in_thread(app: web.Application, photo: bytes, drawn: bool) -> tupl
 
 
 async def send_image(request: web.Request, image_id: str, size: int) -> web.StreamResponse:
-    """Send a JPEG in pieces. Each is looked up: a slow client holds no image that was dropped."""
+    """Send a JPEG in pieces, and look each up; cut a client off whose image was dropped."""
     response = web.StreamResponse(headers=IMAGE_HEADERS)
     response.content_length = size
     await response.prepare(request)
