@@ -374,8 +374,8 @@ async def post_detect(request: web.Request) -> web.Response:
 async def get_health(request: web.Request) -> web.Response:
     """GET /health: what the server holds."""
     clients, queued = len(request.app[WATCHERS]), len(request.app[JOBS])
-    images = await request.app[IMAGES].count()
-    return reply({"status": "ok", "clients": clients} | images | {"queued": queued})
+    held = await request.app[IMAGES].count()
+    return reply({"status": "ok", "clients": clients, "queued": queued} | held)
 
 
 def create_app(config: Config = Config(), detector: Detector | None = None) -> web.Application:

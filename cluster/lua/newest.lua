@@ -1,0 +1,11 @@
+-- Return the JSON of the newest images, without those that Redis has dropped.
+local stream, prefix, most = unpack(ARGV)
+local found = {}
+for _, entry in ipairs(redis.call('XREVRANGE', stream, '+', '-', 'COUNT', most)) do
+  local json = entry[2][2]
+  local is_json, image = pcall(cjson.decode, json)
+  if is_json and type(image) == 'table' and redis.call('EXISTS', prefix .. tostring(image.id)) == 1 then
+    table.insert(found, json)
+  end
+end
+return found
