@@ -23,10 +23,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from email import errors, header, message_from_string, utils
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 # OpenCV reads this limit when it is imported.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")
@@ -42,9 +43,9 @@ T = TypeVar("T")
 
 
 # --- The settings ---
-def option(default: T, explanation: str) -> T:
-    """Return a field of Config with its default, and what --help says of it."""
-    return field(default=default, metadata={"help": explanation})
+def option(default: T, explanation: str, least: int = 0) -> T:
+    """Return a field of Config with its default, what --help says of it, and its least number."""
+    return field(default=default, metadata={"help": explanation, "least": least})
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,19 @@ class Config:
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
     port: int = option(8282, "port to listen on; 0 takes a free one")
-    public_url: str = option("", "URL of this server behind a proxy")
-    allow_origin: tuple[str, ...] = option((), "site whose pages may use it, or *; repeatable")
+    public_url: str = option("", "URL of this server behind a proxy (default: none)")
+    allow_origin: tuple[str, ...] = option(
+        (), "site that may use it, or *; repeatable (default: none)"
+    )
     keep: int = option(100, "images to keep")
     keep_mb: int = option(128, "MiB of images to keep")
-    max_mb: int = option(20, "MiB of the largest body")
-    upload_timeout: int = option(40, "seconds for an upload, and for a client that does not read")
-    threads: int = option(os.cpu_count() or 1, "photos to work on at a time")
+    max_mb: int = option(20, "MiB of the largest body", least=1)
+    upload_timeout: int = option(40, "seconds for an upload, or for a client to read", least=1)
+    threads: int = option(os.cpu_count() or 1, "photos to work on at a time", least=1)
     queue: int = option(8, "photos that may wait for each thread")
     max_clients: int = option(500, "watchers at a time")
-    model: str = option("", "YuNet network (.onnx) or cascade (.xml)")
-    min_score: float = option(0.0, "score that a face needs; 0 means 9, with YuNet 0.7")
+    model: str = option("", "YuNet network (.onnx) or cascade (.xml) (default: OpenCV's)")
+    min_score: float = option(0.0, "score that a face needs (default: 9, with YuNet 0.7)")
 
 
 # --- A photo: bytes in, bytes out ---
@@ -310,7 +313,7 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
 
 
 # --- The handlers, in the order in which a user meets them ---
-STATIC = Path(__file__).parent / "static"  # the page; the server also runs without it
+STATIC = Path(__file__).resolve().parent / "static"  # the page; the server also runs without it
 
 
 async def get_home(request: web.Request) -> web.StreamResponse:
@@ -379,9 +382,9 @@ async def get_health(request: web.Request) -> web.Response:
 
 
 def create_app(config: Config = Config(), detector: Detector | None = None) -> web.Application:
-    """Return the server as an application. Raises OSError or ValueError if the model is invalid."""
+    """Return the server as an application. Raises OSError or ValueError if a setting is invalid."""
     app = web.Application(middlewares=[explain_errors, refuse_other_sites])
-    app[CONFIG] = config
+    app[CONFIG] = config = check(config)
     app[DETECTOR] = detector or load_detector(config.model, config.min_score)
     app[THREADS] = ThreadPoolExecutor(config.threads)
     app[IMAGES] = ImageStore(config.keep, config.keep_mb)
@@ -411,6 +414,7 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
 FORMATS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # a photo's first bytes; OpenCV reads more
 SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is elsewhere only by chance
 MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 50 megapixels
+TEXTS = (b"/9j/", b"iVBOR", b"UklGR", b"R0lGO", b"data:", b"{", b"[", b'"')  # base64, JSON
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND")  # of a still picture
 
 
@@ -420,6 +424,8 @@ class WrongFormat(BadPhoto):
 
 def make_harmless(photo: bytes) -> bytes:
     """Return a photo that OpenCV can be given. Raises BadPhoto."""
+    if photo.startswith(TEXTS):
+        raise WrongFormat("Send the bytes of the photo, not base64 or JSON.")
     if not photo.startswith(FORMATS):
         raise WrongFormat("This is not a JPEG, PNG, WebP or GIF (iPhone: Most Compatible).")
     if photo.startswith(b"\x89PNG"):
@@ -457,7 +463,8 @@ def load_cascade(file: Path) -> cv2.CascadeClassifier:
 # --- Uploads and forms ---
 UPLOAD_MEMORY = 8  # times --max-mb: what all uploads under way may hold
 UPLOADS = web.AppKey("UPLOADS", Counter[str])  # the bytes that have come of them
-MAX_PARTS = 1000  # of a form; millions would take seconds
+MAX_PARTS = 100  # of a form
+MAX_PART_HEADERS = 2048  # bytes; the time to parse them grows with their square
 MAX_FILENAME = 255  # characters
 
 
@@ -465,7 +472,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     """Return filename and content of the photo in a body or its form. Raises an HTTPError."""
     filename, photo = None, await read_body(request)
     if request.content_type == "multipart/form-data":
-        filename, photo = find_file(photo)
+        filename, photo = find_file(photo, request.headers["Content-Type"].encode(errors="replace"))
     # curl labels -d and --data-binary alike, but -d has stripped the NULs: no photo any more.
     if not photo or (request.content_type.endswith("urlencoded") and b"\0" not in photo):
         raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
@@ -481,38 +488,59 @@ async def read_body(request: web.Request) -> bytes:
             async for piece in request.content.iter_any():
                 body += piece
                 uploads["bytes"] += len(piece)
-                if len(body) > limit:
-                    text = f"The body is over {config.max_mb} MiB (--max-mb)."
-                    raise web.HTTPRequestEntityTooLarge(limit, text=text)
                 if uploads["bytes"] > UPLOAD_MEMORY * limit:
                     raise web.HTTPServiceUnavailable(text="Too many uploads (--max-mb).")
+                if len(body) > limit:
+                    break
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="Too slow an upload (--upload-timeout).") from None
     finally:
         uploads["bytes"] -= len(body)
-    return bytes(body)
+    photo = bytes(body) or await request.read()  # which an outer middleware may have called
+    if len(photo) > limit:
+        text = f"The body is over {config.max_mb} MiB (--max-mb)."
+        raise web.HTTPRequestEntityTooLarge(limit, text=text)
+    return photo
 
 
-def find_file(form: bytes) -> tuple[str, bytes]:
+def find_file(form: bytes, content_type: bytes) -> tuple[str, bytes]:
     """Return name and content of the file in a form (RFC 7578). Raises HTTPBadRequest.
 
     A form of short lines would keep aiohttp's own reader, and so everybody, busy for seconds.
     """
     form = b"\r\n" + form.lstrip()
-    delimiter = b"\r\n" + form.split(b"\r\n", 2)[1]  # its first line
+    boundary = find_parameter("boundary", "Content-Type", b"Content-Type: " + content_type)
+    first_line = form.split(b"\r\n", 2)[1]
+    delimiter = b"\r\n" + (b"--" + boundary.encode() if boundary else first_line)
     parts, end, _ = form.partition(delimiter + b"--")
     files = []
-    for part in parts.split(delimiter, MAX_PARTS):
+    for part in parts.split(delimiter, MAX_PARTS)[1:]:
         headers, _, content = part.partition(b"\r\n\r\n")
-        name = re.search(rb'filename\*?=("[^"\r]*|[^;\r]*)', headers, re.IGNORECASE)
-        if name and content:
-            files.append((name[1].strip(b'"').decode(errors="replace")[:MAX_FILENAME], content))
+        filename = find_parameter("filename", "Content-Disposition", headers.lstrip())
+        if filename is not None and content:
+            name = re.split(r"[/\\]", filename)[-1]  # some send it with its folders
+            files.append((name[:MAX_FILENAME], content))
+    if end and not files:
+        raise web.HTTPBadRequest(text="The form has not one file: give the photo a filename.")
     if len(files) != 1 or not end:
         raise web.HTTPBadRequest(text="The form must be complete and have exactly one file.")
     return files[0]
 
 
+def find_parameter(name: str, header_name: str, headers: bytes) -> str | None:
+    """Return a parameter of a header, decoded (RFC 2047, RFC 8187, percent signs), or None."""
+    text, value = headers[:MAX_PART_HEADERS].decode(errors="replace"), None
+    with suppress(ValueError, LookupError, TypeError, errors.MessageError):  # it is malformed
+        value = dict(message_from_string(text).get_params([], header_name)).get(name)
+        if isinstance(value, tuple):  # name* comes after name, and so wins
+            return utils.collapse_rfc2231_value(value)
+        if value:
+            return unquote(str(header.make_header(header.decode_header(value))))
+    return value if isinstance(value, str) else None
+
+
 # --- Other sites ---
+LOCAL = ("127.0.0.1", "::1", "localhost")  # values of --host that let in this machine alone
 # Anybody can make a name with a dot resolve to this machine (DNS rebinding).
 LOCAL_HOST = re.compile(r"([\w-]+|[\d.]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
 ANY_HOST = re.compile(r"([\w.-]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
@@ -521,39 +549,44 @@ ANY_HOST = re.compile(r"([\w.-]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
 @web.middleware
 async def refuse_other_sites(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Refuse pages of other sites: a browser in this network would let any of them in."""
-    config, host = request.app[CONFIG], request.headers.get("Host", "")
-    if not is_own_host(config, host):
+    config, host = request.app[CONFIG], request.headers.get("Host")
+    if host is not None and not is_own_host(config, host):  # each browser sends one
         raise web.HTTPForbidden(text=f"{host!r} is not this machine (--host, --public-url).")
     origin = request.headers.get("Origin")
     if origin is not None and not is_allowed(config, host, origin):
-        raise web.HTTPForbidden(text=f"Pages of {origin!r} may not use this (--allow-origin).")
-    if request.method == "OPTIONS":  # a browser asks whether a page may post
-        return web.Response()
+        text = f"Pages of {origin!r} may not use this (--allow-origin; --public-url if it is this)."
+        raise web.HTTPForbidden(text=text)
+    if request.method == "OPTIONS" and request.match_info.http_exception:
+        return web.Response()  # a browser asks whether a page may post
     return await handler(request)
 
 
 def is_own_host(config: Config, host: str) -> bool:
     """Tell whether a Host header means this server."""
-    local = config.host in ("127.0.0.1", "localhost")
-    pattern = LOCAL_HOST if local else ANY_HOST
-    return host == public_host(config) or pattern.fullmatch(host) is not None
+    pattern = LOCAL_HOST if config.host in LOCAL else ANY_HOST
+    name = host.lower().partition(":")[0]
+    return name == urlsplit(config.public_url).hostname or pattern.fullmatch(host) is not None
 
 
-def is_allowed(config: Config, host: str, origin: str) -> bool:
+def is_allowed(config: Config, host: str | None, origin: str) -> bool:
     """Tell whether pages of an origin may use the server: its own, and those of the option."""
-    allowed = [site.rstrip("/") for site in config.allow_origin]
-    is_own = origin.partition("//")[2] in (host, public_host(config))
-    return is_own or origin in allowed or "*" in allowed
+    sites = [f"http://{host}", f"https://{host}".removesuffix(":80")]  # a proxy takes TLS off
+    sites += [config.public_url or sites[0], *config.allow_origin]
+    return "*" in sites or normalize(origin) in [normalize(site) for site in sites]
 
 
-def public_host(config: Config) -> str | None:
-    """Return the host of --public-url as browsers send it, or None."""
-    return urlsplit(config.public_url).netloc.lower() or None
+def normalize(url: str) -> str:
+    """Return the origin of a URL as origins are compared (RFC 6454)."""
+    scheme, _, rest = url.lower().partition("://")
+    default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
+    return f"{scheme}://{rest.partition('/')[0].removesuffix(default_port)}"
 
 
 def base_url(request: web.Request) -> str:
     """Return the URL by which this client knows the server, with a slash at its end."""
-    site = request.app[CONFIG].public_url.rstrip("/") or f"{request.scheme}://{request.host}"
+    site, host = request.app[CONFIG].public_url.rstrip("/"), request.headers.get("Host")
+    if not site and host:  # HTTP/1.0 needs no Host: then the URL is a path
+        site = f"{request.scheme}://{host}"
     return f"{site}{request.app.router['home'].url_for()}"
 
 
@@ -626,6 +659,8 @@ def make_websocket(request: web.Request) -> web.WebSocketResponse:
         compress=False,  # it would take 256 KiB a watcher
         writer_limit=sys.maxsize,  # to send never waits; cut_off_if_deaf() limits what piles up
     )
+    if not request.headers.get("Sec-WebSocket-Key", "").isascii():
+        raise web.HTTPBadRequest(text="The Sec-WebSocket-Key is not base64.")
     if not websocket.can_prepare(request):
         text = f"This is a websocket: wscat -c ws://{request.host}{request.path}"
         raise web.HTTPUpgradeRequired(text=text, headers={"Upgrade": "websocket"})
@@ -723,6 +758,25 @@ async def finish(app: web.Application) -> None:
     app[THREADS].shutdown(wait=False, cancel_futures=True)  # a photo can take a minute
 
 
+MOST = 1_000_000  # that a number among the settings may be
+PUBLIC_URL = re.compile(rf"https?://{ANY_HOST.pattern}(/[\w.~%/-]*)?", re.ASCII)
+
+
+def check(config: Config) -> Config:
+    """Return the settings, the public URL without blanks. Raises ValueError if one is odd."""
+    for each in fields(Config):
+        value, least = getattr(config, each.name), each.metadata["least"]
+        if isinstance(value, int) and not least <= value <= MOST:
+            raise ValueError(f"{each.name} must be from {least} to {MOST}, not {value}")
+    url = config.public_url.strip()
+    if url and not PUBLIC_URL.fullmatch(url):
+        raise ValueError(f"public_url must be like https://faces.example.org, not {url!r}")
+    for site in config.allow_origin:
+        if site not in ("*", "null") and "://" not in site:
+            raise ValueError(f"allow_origin must be like https://school.example.org, not {site!r}")
+    return replace(config, public_url=url)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with an option for each field of Config."""
     parser = argparse.ArgumentParser(
@@ -730,33 +784,56 @@ def make_parser() -> argparse.ArgumentParser:
     )
     for each in fields(Config):
         name, explanation = "--" + each.name.replace("_", "-"), each.metadata["help"]
+        default = each.default or argparse.SUPPRESS  # the explanation of an empty one tells it
         if each.name == "allow_origin":
-            parser.add_argument(name, action="append", default=[], help=explanation)
+            parser.add_argument(name, action="append", default=default, help=explanation)
         else:
             kind = type(each.default)
-            parser.add_argument(name, type=kind, default=each.default, help=explanation)
+            parser.add_argument(name, type=kind, default=default, help=explanation)
     return parser
+
+
+def listen_on(host: str, port: int) -> list[socket.socket]:
+    """Listen on an address; for 127.0.0.1 also on ::1, as localhost may mean either."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listeners = [socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")]
+    if host in ("127.0.0.1", "localhost"):
+        address = ("::1", listeners[0].getsockname()[1])
+        with suppress(OSError):  # there is no IPv6 here, or others have this port
+            listeners.append(socket.create_server(address, family=socket.AF_INET6))
+    return listeners
 
 
 def address_for_others(host: str) -> str:
     """Return the address of this machine in its network if it listens on all, else the host."""
-    if host == "0.0.0.0":
+    if host in ("0.0.0.0", "::"):
         with socket.socket(type=socket.SOCK_DGRAM) as probe, suppress(OSError):
             probe.connect(("192.0.2.1", 9))  # sends nothing, but gets an address
             host = probe.getsockname()[0]
-    return host
+    return f"[{host}]" if ":" in host else host
 
 
 def serve(app: web.Application) -> None:
-    """Listen, say where, and serve until SIGINT or SIGTERM. Raises OSError or OverflowError."""
+    """Listen, say where, and serve until SIGINT or SIGTERM.
+
+    Raises OSError, OverflowError or ValueError if it cannot listen, RuntimeError in a notebook.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass  # none runs, as it should be
+    else:
+        raise RuntimeError("A loop runs already: use aiohttp.web.AppRunner (docs/running.md).")
     config = app[CONFIG]
     if not config.host:
         raise OSError("The host is empty.")  # to create_server(), any address
-    listener = socket.create_server((config.host, config.port))
-    address = f"{address_for_others(config.host)}:{listener.getsockname()[1]}"
+    if not STATIC.is_dir():
+        log.warning("There is no page: %s is missing.", STATIC)
+    listeners = listen_on(config.host, config.port)
+    address = f"{address_for_others(config.host)}:{listeners[0].getsockname()[1]}"
     web.run_app(
         app,
-        sock=listener,
+        sock=listeners,
         print=lambda _: print(USAGE.format(address), flush=True),  # called once SIGTERM is handled
         access_log=None,
         auto_decompress=False,  # a small body could become a huge one
@@ -777,7 +854,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("asyncio").addFilter(is_news)
     try:
-        serve(create_app(Config(**options)))
+        with suppress(web.GracefulExit, KeyboardInterrupt):  # a second Ctrl+C
+            serve(create_app(Config(**options)))
     except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"The server cannot start (--host, --port, --model, requirements.txt): {error}")
     os._exit(0)  # Python would wait for threads whose photos take minutes
