@@ -471,8 +471,14 @@ MAX_FILENAME = 255  # characters
 async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     """Return filename and content of the photo in a body or its form. Raises an HTTPError."""
     filename, photo = None, await read_body(request)
-    if request.content_type == "multipart/form-data":
+    is_form = request.content_type == "multipart/form-data"
+    if is_form and photo:
         filename, photo = find_file(photo, request.headers["Content-Type"].encode(errors="replace"))
+    elif is_form:
+        with suppress(ValueError):  # the form is empty
+            for part in (await request.post()).values():  # as an outer middleware read it
+                if isinstance(part, web.FileField):
+                    filename, photo = part.filename, part.file.read()
     # curl labels -d and --data-binary alike, but -d has stripped the NULs: no photo any more.
     if not photo or (request.content_type.endswith("urlencoded") and b"\0" not in photo):
         raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
@@ -519,7 +525,7 @@ def find_file(form: bytes, content_type: bytes) -> tuple[str, bytes]:
         filename = find_parameter("filename", "Content-Disposition", headers.lstrip())
         if filename is not None and content:
             name = re.split(r"[/\\]", filename)[-1]  # some send it with its folders
-            files.append((name[:MAX_FILENAME], content))
+            files.append((name.strip('"')[:MAX_FILENAME], content))
     if end and not files:
         raise web.HTTPBadRequest(text="The form has not one file: give the photo a filename.")
     if len(files) != 1 or not end:
@@ -768,12 +774,11 @@ def check(config: Config) -> Config:
         value, least = getattr(config, each.name), each.metadata["least"]
         if isinstance(value, int) and not least <= value <= MOST:
             raise ValueError(f"{each.name} must be from {least} to {MOST}, not {value}")
+    if not config.host or not config.host.isprintable():  # "" would mean any address
+        raise ValueError(f"host must be a name or an address, not {config.host!r}")
     url = config.public_url.strip()
     if url and not PUBLIC_URL.fullmatch(url):
         raise ValueError(f"public_url must be like https://faces.example.org, not {url!r}")
-    for site in config.allow_origin:
-        if site not in ("*", "null") and "://" not in site:
-            raise ValueError(f"allow_origin must be like https://school.example.org, not {site!r}")
     return replace(config, public_url=url)
 
 
@@ -825,8 +830,6 @@ def serve(app: web.Application) -> None:
     else:
         raise RuntimeError("A loop runs already: use aiohttp.web.AppRunner (docs/running.md).")
     config = app[CONFIG]
-    if not config.host:
-        raise OSError("The host is empty.")  # to create_server(), any address
     if not STATIC.is_dir():
         log.warning("There is no page: %s is missing.", STATIC)
     listeners = listen_on(config.host, config.port)
