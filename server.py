@@ -414,7 +414,6 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
 FORMATS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # a photo's first bytes; OpenCV reads more
 SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is elsewhere only by chance
 MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 50 megapixels
-TEXTS = (b"/9j/", b"iVBOR", b"UklGR", b"R0lGO", b"data:", b"{", b"[", b'"')  # base64, JSON
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND")  # of a still picture
 
 
@@ -424,8 +423,6 @@ class WrongFormat(BadPhoto):
 
 def make_harmless(photo: bytes) -> bytes:
     """Return a photo that OpenCV can be given. Raises BadPhoto."""
-    if photo.startswith(TEXTS):
-        raise WrongFormat("Send the bytes of the photo, not base64 or JSON.")
     if not photo.startswith(FORMATS):
         raise WrongFormat("This is not a JPEG, PNG, WebP or GIF (iPhone: Most Compatible).")
     if photo.startswith(b"\x89PNG"):
@@ -471,14 +468,8 @@ MAX_FILENAME = 255  # characters
 async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     """Return filename and content of the photo in a body or its form. Raises an HTTPError."""
     filename, photo = None, await read_body(request)
-    is_form = request.content_type == "multipart/form-data"
-    if is_form and photo:
-        filename, photo = find_file(photo, request.headers["Content-Type"].encode(errors="replace"))
-    elif is_form:
-        with suppress(ValueError):  # the form is empty
-            for part in (await request.post()).values():  # as an outer middleware read it
-                if isinstance(part, web.FileField):
-                    filename, photo = part.filename, part.file.read()
+    if request.content_type == "multipart/form-data":
+        filename, photo = find_file(photo, request.headers["Content-Type"])
     # curl labels -d and --data-binary alike, but -d has stripped the NULs: no photo any more.
     if not photo or (request.content_type.endswith("urlencoded") and b"\0" not in photo):
         raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
@@ -509,23 +500,24 @@ async def read_body(request: web.Request) -> bytes:
     return photo
 
 
-def find_file(form: bytes, content_type: bytes) -> tuple[str, bytes]:
+def find_file(form: bytes, content_type: str) -> tuple[str, bytes]:
     """Return name and content of the file in a form (RFC 7578). Raises HTTPBadRequest.
 
     A form of short lines would keep aiohttp's own reader, and so everybody, busy for seconds.
     """
     form = b"\r\n" + form.lstrip()
-    boundary = find_parameter("boundary", "Content-Type", b"Content-Type: " + content_type)
     first_line = form.split(b"\r\n", 2)[1]
-    delimiter = b"\r\n" + (b"--" + boundary.encode() if boundary else first_line)
+    boundary = re.search('boundary="?([^";]+)', content_type, re.IGNORECASE)
+    delimiter = b"\r\n" + (
+        f"--{boundary[1].rstrip()}".encode(errors="replace") if boundary else first_line
+    )
     parts, end, _ = form.partition(delimiter + b"--")
     files = []
     for part in parts.split(delimiter, MAX_PARTS)[1:]:
         headers, _, content = part.partition(b"\r\n\r\n")
-        filename = find_parameter("filename", "Content-Disposition", headers.lstrip())
+        filename = find_filename(headers.lstrip())
         if filename is not None and content:
-            name = re.split(r"[/\\]", filename)[-1]  # some send it with its folders
-            files.append((name.strip('"')[:MAX_FILENAME], content))
+            files.append((filename, content))
     if end and not files:
         raise web.HTTPBadRequest(text="The form has not one file: give the photo a filename.")
     if len(files) != 1 or not end:
@@ -533,20 +525,22 @@ def find_file(form: bytes, content_type: bytes) -> tuple[str, bytes]:
     return files[0]
 
 
-def find_parameter(name: str, header_name: str, headers: bytes) -> str | None:
-    """Return a parameter of a header, decoded (RFC 2047, RFC 8187, percent signs), or None."""
-    text, value = headers[:MAX_PART_HEADERS].decode(errors="replace"), None
-    with suppress(ValueError, LookupError, TypeError, errors.MessageError):  # it is malformed
-        value = dict(message_from_string(text).get_params([], header_name)).get(name)
-        if isinstance(value, tuple):  # name* comes after name, and so wins
-            return utils.collapse_rfc2231_value(value)
-        if value:
-            return unquote(str(header.make_header(header.decode_header(value))))
-    return value if isinstance(value, str) else None
+def find_filename(headers: bytes) -> str | None:
+    """Return the filename of a part, decoded and without folders; None if it is no file."""
+    message = message_from_string(headers[:MAX_PART_HEADERS].decode(errors="replace"))
+    try:
+        parameters = dict(message.get_params([], "Content-Disposition"))
+        name = parameters.get("filename")  # filename* comes last, and so wins
+        if isinstance(name, tuple):
+            name = utils.collapse_rfc2231_value(name)
+        elif name:
+            name = unquote(str(header.make_header(header.decode_header(name))))
+    except (ValueError, LookupError, TypeError, errors.MessageError):  # malformed
+        name = ""
+    return name and re.split(r"[/\\]", name)[-1].strip('"')[:MAX_FILENAME]
 
 
 # --- Other sites ---
-LOCAL = ("127.0.0.1", "::1", "localhost")  # values of --host that let in this machine alone
 # Anybody can make a name with a dot resolve to this machine (DNS rebinding).
 LOCAL_HOST = re.compile(r"([\w-]+|[\d.]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
 ANY_HOST = re.compile(r"([\w.-]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
@@ -569,7 +563,7 @@ async def refuse_other_sites(request: web.Request, handler: Handler) -> web.Stre
 
 def is_own_host(config: Config, host: str) -> bool:
     """Tell whether a Host header means this server."""
-    pattern = LOCAL_HOST if config.host in LOCAL else ANY_HOST
+    pattern = LOCAL_HOST if config.host in ("127.0.0.1", "::1", "localhost") else ANY_HOST
     name = host.lower().partition(":")[0]
     return name == urlsplit(config.public_url).hostname or pattern.fullmatch(host) is not None
 
@@ -764,7 +758,6 @@ async def finish(app: web.Application) -> None:
     app[THREADS].shutdown(wait=False, cancel_futures=True)  # a photo can take a minute
 
 
-MOST = 1_000_000  # that a number among the settings may be
 PUBLIC_URL = re.compile(rf"https?://{ANY_HOST.pattern}(/[\w.~%/-]*)?", re.ASCII)
 
 
@@ -772,13 +765,13 @@ def check(config: Config) -> Config:
     """Return the settings, the public URL without blanks. Raises ValueError if one is odd."""
     for each in fields(Config):
         value, least = getattr(config, each.name), each.metadata["least"]
-        if isinstance(value, int) and not least <= value <= MOST:
-            raise ValueError(f"{each.name} must be from {least} to {MOST}, not {value}")
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"--{each.name} must be at least {least}".replace("_", "-"))
     if not config.host or not config.host.isprintable():  # "" would mean any address
-        raise ValueError(f"host must be a name or an address, not {config.host!r}")
+        raise ValueError(f"--host must be a name or an address, not {config.host!r}")
     url = config.public_url.strip()
     if url and not PUBLIC_URL.fullmatch(url):
-        raise ValueError(f"public_url must be like https://faces.example.org, not {url!r}")
+        raise ValueError(f"--public-url must be like https://faces.example.org, not {url!r}")
     return replace(config, public_url=url)
 
 
@@ -798,17 +791,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def listen_on(host: str, port: int) -> list[socket.socket]:
-    """Listen on an address; for 127.0.0.1 also on ::1, as localhost may mean either."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listeners = [socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")]
-    if host in ("127.0.0.1", "localhost"):
-        address = ("::1", listeners[0].getsockname()[1])
-        with suppress(OSError):  # there is no IPv6 here, or others have this port
-            listeners.append(socket.create_server(address, family=socket.AF_INET6))
-    return listeners
-
-
 def address_for_others(host: str) -> str:
     """Return the address of this machine in its network if it listens on all, else the host."""
     if host in ("0.0.0.0", "::"):
@@ -819,29 +801,30 @@ def address_for_others(host: str) -> str:
 
 
 def serve(app: web.Application) -> None:
-    """Listen, say where, and serve until SIGINT or SIGTERM.
-
-    Raises OSError, OverflowError or ValueError if it cannot listen, RuntimeError in a notebook.
-    """
+    """Listen, say where, and serve until SIGINT or SIGTERM. Raises OSError or RuntimeError."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         pass  # none runs, as it should be
     else:
         raise RuntimeError("A loop runs already: use aiohttp.web.AppRunner (docs/running.md).")
-    config = app[CONFIG]
-    if not STATIC.is_dir():
-        log.warning("There is no page: %s is missing.", STATIC)
-    listeners = listen_on(config.host, config.port)
-    address = f"{address_for_others(config.host)}:{listeners[0].getsockname()[1]}"
+    host = app[CONFIG].host
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    address = (host, app[CONFIG].port)
+    listeners = [socket.create_server(address, family=family, dualstack_ipv6=host == "::")]
+    port = listeners[0].getsockname()[1]
+    if host in ("127.0.0.1", "localhost"):
+        with suppress(OSError):  # localhost may also mean ::1, where there is one
+            listeners.append(socket.create_server(("::1", port), family=socket.AF_INET6))
+    usage = USAGE.format(f"{address_for_others(host)}:{port}")
     web.run_app(
         app,
         sock=listeners,
-        print=lambda _: print(USAGE.format(address), flush=True),  # called once SIGTERM is handled
+        print=lambda _: print(usage, flush=True),  # called once SIGTERM is handled
         access_log=None,
         auto_decompress=False,  # a small body could become a huge one
         handler_cancellation=True,  # when a client leaves, which else is a traceback in the log
-        keepalive_timeout=config.upload_timeout,
+        keepalive_timeout=app[CONFIG].upload_timeout,
         shutdown_timeout=1,  # second, for handlers that finish() did not end
     )
 

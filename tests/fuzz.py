@@ -277,7 +277,7 @@ def fuzz(name: str, seconds: float, seed: int, state_file: str) -> None:
         start = time.thread_time()
         try:
             if name == "form":
-                server.find_file(data)
+                server.find_file(data, "multipart/form-data")
             else:
                 server.annotate(data, lambda _: box)
             annotated += 1
