@@ -65,7 +65,7 @@ def run_server(
             line = next((line for line in process.stdout if "open" in line), "")
             found = re.search(r"(http://\S+:(\d+))", line)
             assert found, log.read_text()
-            urllib.request.urlopen(f"http://127.0.0.1:{found[2]}/health", timeout=TIMEOUT).close()
+            urllib.request.urlopen(f"{found[1]}/health", timeout=TIMEOUT).close()
             watchdog.cancel()
             yield Server(process, found[1], int(found[2]), log)
             if process.poll() is None:

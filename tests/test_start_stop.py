@@ -2,10 +2,16 @@
 
 import asyncio
 import contextlib
+import os
 import re
+import signal
+import socket
 import struct
 import subprocess
 import sys
+import time
+from pathlib import Path
+from subprocess import PIPE
 
 import photos
 import pytest
@@ -31,9 +37,11 @@ from helpers import (
 )
 from photos import MIB, TINY
 
+from server import Config, create_app, serve
+
 
 # --- The start ---
-@pytest.mark.parametrize("options", [["--port", "70000"], ["--host", ""], ["--host", "a b"]])
+@pytest.mark.parametrize("options", [["--port", "70000"], ["--host", "a b"]])
 def test_where_it_cannot_listen_it_says_so(options: list[str]) -> None:
     command = [sys.executable, str(ROOT / "server.py"), "--port", "0", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
@@ -97,7 +105,183 @@ def test_where_others_may_come_in_it_says_at_which_address(changed) -> None:
         assert server.url == f"http://127.0.0.1:{server.port}"
 
 
+@pytest.fixture
+def ipv6() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs IPv6")
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, *command)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--queue", "-1"),
+        ("--max-mb", "0"),
+        ("--threads", "0"),
+        ("--upload-timeout", "0"),
+        ("--keep", "-1"),
+        ("--port", "-1"),
+        ("--host", ""),
+        ("--host", "\udcff"),
+        ("--host", "a\nb"),
+        ("--public-url", "faces.example.org"),
+        ("--public-url", "https:/faces.example.org"),
+        ("--public-url", "ftp://faces.example.org"),
+        ("--public-url", "https://faces.example.org?a"),
+        ("--public-url", "https://me@faces.example.org"),
+        ("--public-url", "https://faces.example\n.org"),
+        ("--public-url", "https://faces.example.org/\r\nA: b"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused_in_one_line(option: str, value: str) -> None:
+    done = run("server.py", "--port", "0", option, value)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f": {option} must be" in done.stderr
+
+
+def test_a_very_long_timeout_can_be_set() -> None:
+    with run_server("--upload-timeout", "10000000"):
+        pass
+
+
+def test_help_tells_what_an_empty_default_means() -> None:
+    text = " ".join(run("server.py", "--help").stdout.split())
+    for option, default in {
+        "public-url": "none",
+        "allow-origin": "none",
+        "model": "OpenCV's",
+    }.items():
+        assert re.search(rf"--{option} ((?!--).)*\(default: {default}\)", text)
+    assert "default: )" not in text
+    assert "[]" not in text
+
+
+@pytest.mark.parametrize("options", [[], ["--host", "localhost"], ["--host", "::"]])
+async def test_localhost_may_mean_either_address(ipv6, options: list[str]) -> None:
+    """To Node 17 and later, and to macOS, it is ::1."""
+    with run_server(*options) as server:
+        for address in ("127.0.0.1", "::1"):
+            reader, writer = await asyncio.open_connection(address, server.port)
+            writer.write(to_get("/health"))
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            writer.close()
+
+
+def test_an_address_of_ipv6_stands_in_brackets(ipv6) -> None:
+    with run_server("--host", "::1") as server:
+        assert server.url == f"http://[::1]:{server.port}"
+
+
+def test_without_ipv6_it_starts_too(changed) -> None:
+    no_ipv6 = """
+create = socket.create_server
+
+def create_server(address, family=socket.AF_INET, **options):
+    if family == socket.AF_INET6:
+        raise OSError("Address family not supported by protocol")
+    return create(address, family=family, **options)
+
+socket.create_server = create_server"""
+    with run_server(program=changed(no_ipv6)):
+        pass
+
+
+@pytest.mark.parametrize("optimized", ["-O", "-OO"])
+async def test_it_also_runs_without_docstrings_and_asserts(optimized: str) -> None:
+    done = run(optimized, "server.py", "--help")
+    assert (done.returncode, "None" in done.stdout) == (0, False)
+
+
+async def test_a_link_to_it_finds_its_page(tmp_path: Path) -> None:
+    (tmp_path / "faces").symlink_to(ROOT / "server.py")
+    with run_server(program=tmp_path / "faces") as server:
+        assert (await ask(server, to_get("/", "Accept: text/html"))).says(200, "<!doctype html>")
+
+
+async def test_in_a_running_loop_it_says_what_to_use_and_takes_no_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(RuntimeError, match="AppRunner"):
+        serve(create_app(Config(port=port)))
+    socket.create_server(("127.0.0.1", port)).close()
+
+
 # --- The stop ---
+OWN_PROGRAM = """
+import server
+
+try:
+    server.serve(server.create_app(server.Config(port=0)))
+finally:
+    print("finally")
+print("the end")
+"""
+
+
+async def refused(server: Server) -> None:
+    """Wait until the server listens no more."""
+    async with asyncio.timeout(TIMEOUT):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            except OSError:
+                return
+            writer.close()
+            await asyncio.sleep(0.02)
+
+
+async def test_a_program_around_it_goes_on_after_the_stop(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_PROGRAM)
+    command = (sys.executable, str(tmp_path / "own.py"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, env=environment)
+    assert process.stdout
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            while b"post" not in await process.stdout.readline():
+                pass
+            process.terminate()
+            said = await process.stdout.read()
+            assert (await process.wait(), said) == (0, b"\nfinally\nthe end\n")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+
+
+SLOW = """
+import time
+
+server.load_detector = lambda *_: lambda _: time.sleep(120)"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+async def test_a_second_ctrl_c_ends_it_at_once(changed, first: signal.Signals) -> None:
+    with run_server(program=changed(SLOW)) as server:
+        async with connect(server) as client:
+            await client.send(to_post(TINY))
+            await until(server, queued=1)
+            server.process.send_signal(first)
+            await refused(server)
+            begin = time.monotonic()
+            server.process.send_signal(signal.SIGINT)
+            assert await asyncio.to_thread(server.process.wait, TIMEOUT) == 0
+            assert time.monotonic() - begin < 3
+
+
+async def test_a_thread_that_never_ends_does_not_delay_the_stop(changed) -> None:
+    with run_server(program=changed(SLOW)) as server:
+        async with connect(server) as client:
+            await client.send(to_post(TINY))
+            await until(server, queued=1)
+            assert await stop(server) < 8
+
+
 async def test_it_can_be_stopped_as_soon_as_it_says_where_it_listens() -> None:
     command = [sys.executable, str(ROOT / "server.py"), "--port", "0"]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
