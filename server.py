@@ -29,8 +29,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
-# OpenCV reads this limit when it is imported.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "50000000")
+# OpenCV reads this limit when it is imported, and aborts if it is no number.
+os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = os.getenv("OPENCV_IO_MAX_IMAGE_PIXELS") or "67108864"
+if not re.fullmatch("[1-9][0-9]{0,17}", os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]):
+    sys.exit("OPENCV_IO_MAX_IMAGE_PIXELS must be a whole number above 0.")
 
 import cv2
 import numpy as np
@@ -411,9 +413,20 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
 
 # ======== The guards: what keeps a hostile client from hurting others ========
 # --- Photos that hurt ---
-FORMATS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8")  # a photo's first bytes; OpenCV reads more
+FORMATS = re.compile(rb"\xff\xd8|\x89PNG|RIFF....WEBP|GIF8", re.DOTALL)  # OpenCV reads more
+OTHER_FORMATS = {  # by their first bytes
+    rb"....ftyp.{0,24}avi[fs]": "AVIF",
+    rb"....ftyp(he|mi|ms)": "HEIC (iPhone: Camera, Formats, Most Compatible; or use the page)",
+    rb"%PDF": "PDF",
+    rb"II\*\0|MM\0\*": "TIFF",
+    rb"BM": "BMP",
+    rb"\s{0,9}<(\?xml|svg)": "SVG",
+    rb"\s{0,9}[{[]|data:|/9j/": "JSON or base64; send the bytes of the photo",
+}
 SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is elsewhere only by chance
-MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 50 megapixels
+MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 64 megapixels
+# The frame of a JPEG that browsers do not read either: its scans take five times as long.
+ARITHMETIC = re.compile(rb"\xff[\xc9\xca]\0[\x0b\x11\x14]\x08....[\x01\x03\x04]", re.DOTALL)
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND")  # of a still picture
 
 
@@ -423,13 +436,25 @@ class WrongFormat(BadPhoto):
 
 def make_harmless(photo: bytes) -> bytes:
     """Return a photo that OpenCV can be given. Raises BadPhoto."""
-    if not photo.startswith(FORMATS):
-        raise WrongFormat("This is not a JPEG, PNG, WebP or GIF (iPhone: Most Compatible).")
+    if not FORMATS.match(photo):
+        kinds = (kind for first, kind in OTHER_FORMATS.items() if re.match(first, photo, re.DOTALL))
+        kind = next(kinds, "something else")
+        raise WrongFormat(f"This is not a JPEG, PNG, WebP or GIF, but {kind}.")
     if photo.startswith(b"\x89PNG"):
-        photo = still_png(photo)
-    if photo.count(SCAN) > MAX_SCANS:
-        raise BadPhoto(f"The photo has over {MAX_SCANS} scans.")
+        return still_png(photo)
+    if photo.startswith(b"RIFF"):
+        return plain_exif(photo)
+    is_jpeg = photo.startswith(b"\xff\xd8")
+    if is_jpeg and (photo.count(SCAN) > MAX_SCANS or ARITHMETIC.search(photo)):
+        raise BadPhoto(f"The JPEG has over {MAX_SCANS} scans, or arithmetic coding.")
     return photo
+
+
+def plain_exif(webp: bytes) -> bytes:
+    """Move the mark that some programs put before EXIF behind it: OpenCV would not turn it."""
+    before, mark, exif = webp.partition(b"Exif\0\0")
+    size = int.from_bytes(before[-4:], "little") - len(mark)  # a chunk has its type, size, data
+    return before + exif[:size] + mark + exif[size:]
 
 
 def still_png(png: bytes) -> bytes:

@@ -57,8 +57,9 @@ def exif(orientation: int) -> bytes:
     return b"MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4) + gps
 
 
-def with_exif(extension: str, image: np.ndarray, orientation: int) -> bytes:
-    data = np.frombuffer(exif(orientation), np.uint8)
+def with_exif(extension: str, image: np.ndarray, orientation: int, mark: bytes = b"") -> bytes:
+    """An image with EXIF, and the mark that some programs write before it."""
+    data = np.frombuffer(mark + exif(orientation), np.uint8)
     kinds = [cv2.IMAGE_METADATA_EXIF]
     return cv2.imencodeWithMetadata(extension, image, kinds, [data])[1].tobytes()
 
@@ -160,11 +161,43 @@ def jpeg_of_scans(side: int, scans: int, filler: bytes = b"") -> bytes:
     return b"\xff\xd8" + tables + frame + first + nothing * (scans - 1) + b"\xff\xd9"
 
 
+def arithmetic_jpeg(side: int, scans: int) -> bytes:
+    """A JPEG of noise, each scan of which has all pixels, in arithmetic coding (annex D)."""
+    frame = segment(0xC9, struct.pack(">BHHB", 8, side, side, 3) + b"\1\x11\0\2\x11\0\3\x11\0")
+    tables = segment(0xDB, bytes([0] + [16] * 64))
+    noise = np.random.default_rng(1).bytes(10_000).replace(b"\xff", b"")
+    scan = segment(0xDA, b"\3\1\0\2\0\3\0\0\x3f\0") + noise
+    one_color = segment(0xDA, b"\1\1\0\0\x3f\0")  # makes libjpeg read all scans that follow
+    return b"\xff\xd8" + tables + frame + one_color + scan * scans + b"\xff\xd9"
+
+
 def film(size: int) -> bytes:
     """Bytes in which the marker of a scan stands by chance, as in those of a film."""
     noise = np.random.default_rng(1).bytes(size)
     assert noise.count(b"\xff\xda") > 100
     return noise
+
+
+# --- What looks like a scan, and is none ---
+LIKE_SCANS = b"\xff\xda\0" * 100
+
+
+def png_like_scans() -> bytes:
+    """A PNG of one row, deflated to itself."""
+    row = zlib.compress(b"\0" + LIKE_SCANS, 0)
+    return png(len(LIKE_SCANS) // 3, 1, row, 8, 2)
+
+
+def gif_like_scans() -> bytes:
+    """A GIF that ends with a comment."""
+    comment = b"\x21\xfe" + b"\x96" + LIKE_SCANS[:150] + b"\x96" + LIKE_SCANS[150:] + b"\0"
+    return encode(".gif")[:-1] + comment + b"\x3b"
+
+
+def webp_like_scans() -> bytes:
+    """A WebP with one more chunk."""
+    body = encode(".webp")[8:] + b"JUNK" + struct.pack("<I", len(LIKE_SCANS)) + LIKE_SCANS
+    return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 # --- All of it ---

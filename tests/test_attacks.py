@@ -98,6 +98,14 @@ async def test_scans_cannot_hide_behind_what_looks_like_segments(server: Server)
         assert (await ask(server, to_post(photo))).says(422, "40 scans")
 
 
+async def test_an_arithmetic_coded_jpeg_is_refused_at_once(server: Server) -> None:
+    """Its scans take several times as long; browsers do not read it either."""
+    start = time.monotonic()
+    photo = photos.arithmetic_jpeg(7000, 39)
+    assert (await ask(server, to_post(photo))).says(422, "arithmetic")
+    assert time.monotonic() - start < 2
+
+
 def lying_gif() -> bytes:
     gif = photos.encode(".gif")
     return gif[:6] + (20_000).to_bytes(2, "little") * 2 + gif[10:]
@@ -113,7 +121,7 @@ def lying_webp() -> bytes:
 TOO_LARGE = {
     "JPEG": photos.lying_jpeg(20_000, 20_000),
     "PNG": photos.blank_png(20_000, 20_000),
-    "PNG of 51 megapixels": photos.png(7300, 7000, b""),
+    "PNG of one row too many": photos.png(8192, 8193, b""),
     "PNG of 2^31": photos.png(2**31 - 1, 2**31 - 1, b""),
     "WebP": lying_webp(),
     "GIF": lying_gif(),
@@ -132,6 +140,26 @@ async def test_the_limit_of_pixels_can_be_set(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", "80")
     with run_server() as server:
         assert (await ask(server, to_post(TINY))).says(422, "Over 80 pixels")
+
+
+async def test_an_empty_limit_of_pixels_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", "")
+    with run_server() as server:
+        assert (await ask(server, to_post(TINY))).says(201)
+
+
+@pytest.mark.parametrize("limit", ["abc", "50e6", "0", "-1", "٣", "9" * 30])
+@pytest.mark.parametrize("command", [["server.py"], ["-c", "import server"]])
+def test_a_limit_of_pixels_that_is_no_number_is_refused_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, command: list[str], limit: str
+) -> None:
+    """OpenCV would end the process with words of C++."""
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", limit)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "OPENCV_IO_MAX_IMAGE_PIXELS must be a whole number above 0.\n"
 
 
 async def test_a_photo_for_which_memory_runs_out_is_refused_for_now(fresh: Server) -> None:

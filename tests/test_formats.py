@@ -44,6 +44,35 @@ def test_a_turned_photo_comes_out_upright_and_without_metadata(
     assert b"Exif" not in jpeg
 
 
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_webp_is_turned_though_its_exif_begins_as_that_of_a_jpeg(orientation: int) -> None:
+    """Programs with libvips write it so, such as sharp."""
+    photo = photos.with_exif(".webp", STORED[orientation](UPRIGHT), orientation, b"Exif\0\0")
+    jpeg, meta = server.annotate(photo, lambda pixels: [])
+    assert (meta["width"], meta["height"]) == (340, 512)
+    assert cv2.PSNR(photos.pixels(jpeg), np.ascontiguousarray(UPRIGHT)) > 25
+
+
+def test_a_photo_with_all_pixels_of_a_phone_is_read() -> None:
+    """Phones of 50 megapixels have a little more."""
+    assert server.decode(photos.blank_png(8160, 6144)).shape == (6144, 8160, 3)
+
+
+def test_only_a_jpeg_has_scans() -> None:
+    for photo in (photos.png_like_scans(), photos.gif_like_scans(), photos.webp_like_scans()):
+        assert photo.count(server.SCAN) > server.MAX_SCANS
+        assert server.decode(photo).size
+
+
+def test_a_transparent_pixel_of_a_gif_has_the_color_of_its_background() -> None:
+    header, background = b"GIF89a\1\0\1\0\x81\1\0", (0, 255, 0)
+    palette = bytes([255, 0, 0, *background, 0, 0, 255, 255, 255, 255])
+    transparent = b"\x21\xf9\4\1\0\0\2\0"  # the color of number 2
+    pixel = b"\x2c\0\0\0\0\1\0\1\0\0" + b"\2\2\x54\1\0"  # has number 2
+    photo = header + palette + transparent + pixel + b"\x3b"
+    assert tuple(server.decode(photo)[0, 0]) == background
+
+
 def test_cmyk_comes_out_in_its_colors() -> None:
     blue, green, red = photos.pixels(server.annotate(photos.CMYK, DETECTOR)[0])[8, 8]
     assert red > 200 > 60 > max(blue, green)
@@ -66,14 +95,27 @@ FOREIGN = {
     "HDR": photos.encode(".hdr", photos.pixels().astype(np.float32) / 255),
     "EXR": b"\x76\x2f\x31\x01\x02\0\0\0" + bytes(999),
     "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"></svg>',
+    "SVG, XML": b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"></svg>',
+    "PDF": b"%PDF-1.7\n",
+    "HEIC": b"\0\0\0\x24ftypheic\0\0\0\0mif1heic",
+    "HEIC, its brand second": b"\0\0\0\x24ftypmif1\0\0\0\0mif1heic",
+    "AVIF, its brand second": b"\0\0\0\x24ftypmif1\0\0\0\0mif1avif",
+    "JSON": b'{"image": "/9j/4AAQSkZJRg"}',
+    "JSON, data URL": b"data:image/jpeg;base64,/9j/4AAQSkZJRg",
+    "AVI": b"RIFF\x24\0\0\0AVI LIST" + bytes(99) + b"\xff\xda\0" * 99,
+    "WAV": b"RIFF\x24\0\0\0WAVEfmt " + bytes(99),
     "text": b"photo",
 }
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_any_other_format_is_refused(kind: str) -> None:
-    with pytest.raises(server.WrongFormat):
+def test_any_other_format_is_refused_and_named_if_people_often_send_it(kind: str) -> None:
+    with pytest.raises(server.WrongFormat) as refusal:
         server.annotate(FOREIGN[kind], DETECTOR)
+    named = "JPEG 2000|PPM|HDR|EXR|AVI|WAV|text"
+    name = "something else" if kind in named.split("|") else kind.partition(",")[0]
+    assert f"not a JPEG, PNG, WebP or GIF, but {name}" in str(refusal.value)
+    assert ("iPhone" in str(refusal.value)) == (name == "HEIC")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (65_500, 1), (1, 65_500)])
