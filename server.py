@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -347,10 +347,7 @@ async def make_image(app: web.Application, filename: str | None, photo: bytes) -
 
 async def get_image(request: web.Request) -> web.StreamResponse:
     """GET /image/{id}: the photo with its boxes."""
-    image = await find_image(request)
-    image_id, size = image.id, len(image.jpeg)
-    del image  # send_image() looks it up again, so that a slow client holds no dropped image
-    return await send_image(request, image_id, size)
+    return await send_image(request)
 
 
 async def get_meta(request: web.Request) -> web.Response:
@@ -366,6 +363,7 @@ async def get_images(request: web.Request) -> web.Response:
         description = image.describe(base)
         faces = description.pop("faces")  # a hundred crowds would be megabytes
         lines.append(json.dumps(description | {"face_count": len(faces)}))
+        await asyncio.sleep(0)  # others come in between
     return web.json_response(text="[\n" + ",\n".join(lines) + "\n]\n")
 
 
@@ -514,6 +512,7 @@ async def read_body(request: web.Request) -> bytes:
                     raise web.HTTPServiceUnavailable(text="Too many uploads (--max-mb).")
                 if len(body) > limit:
                     break
+                await asyncio.sleep(0)  # else a body of tiny chunks would hold the others up
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="Too slow an upload (--upload-timeout).") from None
     finally:
@@ -620,11 +619,13 @@ async def set_headers(request: web.Request, response: web.StreamResponse) -> Non
     for name in ("Origin", "Methods", "Headers"):
         response.headers.setdefault(f"Access-Control-Allow-{name}", "*")
     response.headers.setdefault("Cache-Control", "no-cache")  # browsers would keep an old page
+    response.headers["Vary"] = "Accept, Origin"  # what a browser keeps is for the same site only
 
 
 # --- Floods, and clients that do not read ---
 JOBS: web.AppKey[set[asyncio.Task[Any]]] = web.AppKey("JOBS")  # photos that wait or are in work
-MAX_UNREAD = 16 * 1024  # bytes that a watcher may leave unread
+MAX_UNREAD = 64 * 1024  # bytes that a watcher may leave unread
+MAX_MESSAGES = 100  # that a watcher may send within 10 seconds; most send none
 PIECE = 64 * 1024  # bytes of an image that are sent at a time
 IMAGE_HEADERS = {
     "Content-Type": "image/jpeg",
@@ -655,23 +656,21 @@ async def run_in_thread(app: web.Application, photo: bytes, drawn: bool) -> tupl
     return jpeg, found
 
 
-async def send_image(request: web.Request, image_id: str, size: int) -> web.StreamResponse:
-    """Send a JPEG in pieces, and look each up; cut a client off whose image was dropped."""
+async def send_image(request: web.Request) -> web.StreamResponse:
+    """Send an image in pieces. Each is looked up: a slow client holds no image that was dropped."""
     response = web.StreamResponse(headers=IMAGE_HEADERS)
-    response.content_length = size
+    size = response.content_length = len((await find_image(request)).jpeg)
     await response.prepare(request)
+    if request.method == "HEAD":
+        return response
     assert request.transport
-    for at in range(0, size, PIECE):
-        image = await request.app[IMAGES].get(image_id)
-        if request.method == "HEAD":
-            break
-        if image is None:
-            request.transport.close()
-            break
-        piece = image.jpeg[at : at + PIECE]
-        del image
-        async with asyncio.timeout(request.app[CONFIG].upload_timeout):
-            await response.write(piece)
+    try:
+        for at in range(0, size, PIECE):
+            piece = (await find_image(request)).jpeg[at : at + PIECE]
+            async with asyncio.timeout(request.app[CONFIG].upload_timeout):
+                await response.write(piece)
+    except (ConnectionError, TimeoutError, web.HTTPNotFound):
+        request.transport.abort()
     return response
 
 
@@ -679,7 +678,7 @@ def make_websocket(request: web.Request) -> web.WebSocketResponse:
     """Return a websocket for a watcher, with its limits. Raises an HTTPError."""
     websocket = web.WebSocketResponse(
         heartbeat=25,  # seconds; proxies drop a connection that is silent for 30 to 60
-        autoping=False,  # listen() answers pings, and slows a flood of them
+        autoping=False,  # listen() answers pings, and counts them
         max_msg_size=1025,  # bytes: 1 KiB may come, though nobody reads it
         compress=False,  # it would take 256 KiB a watcher
         writer_limit=sys.maxsize,  # to send never waits; cut_off_if_deaf() limits what piles up
@@ -695,12 +694,16 @@ def make_websocket(request: web.Request) -> web.WebSocketResponse:
 
 
 async def listen(websocket: web.WebSocketResponse, watcher: Watcher) -> None:
-    """Answer the pings of a watcher, and ignore what else it says, until it leaves."""
+    """Answer the pings of a watcher until it leaves, and cut it off if it floods the server."""
+    times = deque[float](maxlen=MAX_MESSAGES)  # of its last messages
     async for message in websocket:
+        times.append(time.monotonic())
+        if len(times) == MAX_MESSAGES and times[-1] - times[0] < 10:
+            watcher.transport.abort()  # what else it has sent is dropped
+            break
         if message.type is WSMsgType.PING:
             cut_off_if_deaf(watcher)
             await websocket.pong(message.data)
-        await asyncio.sleep(0.005)  # seconds; a flood waits
 
 
 def cut_off_if_deaf(watcher: Watcher) -> None:
@@ -740,14 +743,24 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     try:
         return await handler(request)
     except web.HTTPError as error:
-        return explain(request, error)
+        response = explain(request, error)
     except WrongFormat as error:
-        return explain(request, web.HTTPUnsupportedMediaType(text=str(error)))
+        response = explain(request, web.HTTPUnsupportedMediaType(text=str(error)))
     except BadPhoto as error:
-        return explain(request, web.HTTPUnprocessableEntity(text=str(error)))
+        response = explain(request, web.HTTPUnprocessableEntity(text=str(error)))
     except (MemoryError, cv2.error) as error:
         text = str(error) or "Memory ran out."
-        return explain(request, web.HTTPServiceUnavailable(text=text))
+        response = explain(request, web.HTTPServiceUnavailable(text=text))
+
+    # Skip the rest of a refused body: a client that is still sending would miss the answer.
+    if not request.content.at_eof():
+        with suppress(ConnectionError, TimeoutError):
+            await response.prepare(request)
+            await response.write_eof()
+            async with asyncio.timeout(request.app[CONFIG].upload_timeout):
+                async for _ in request.content.iter_any():
+                    await asyncio.sleep(0)
+    return response
 
 
 def explain(request: web.Request, error: web.HTTPError) -> web.Response:
@@ -841,6 +854,10 @@ def serve(app: web.Application) -> None:
     if host in ("127.0.0.1", "localhost"):
         with suppress(OSError):  # localhost may also mean ::1, where there is one
             listeners.append(socket.create_server(("::1", port), family=socket.AF_INET6))
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux cuts off who does not read; milliseconds
+        timeout = 1000 * app[CONFIG].upload_timeout
+        for each in listeners:
+            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
     usage = USAGE.format(f"{address_for_others(host)}:{port}")
     web.run_app(
         app,
@@ -850,6 +867,9 @@ def serve(app: web.Application) -> None:
         auto_decompress=False,  # a small body could become a huge one
         handler_cancellation=True,  # when a client leaves, which else is a traceback in the log
         keepalive_timeout=app[CONFIG].upload_timeout,
+        max_headers=64,  # of up to 8 KiB
+        lingering_time=0,  # explain_errors() lingers; here, tiny chunks would hold others up
+        read_bufsize=4096,  # bytes of a body that are read ahead, and a sixteenth as many chunks
         shutdown_timeout=1,  # second, for handlers that finish() did not end
     )
 

@@ -97,6 +97,14 @@ def memory(server: Server, key: str) -> float:
     return int(status.read_text().partition(key + ":")[2].split()[0]) / 1024
 
 
+def open_files(server: Server) -> int:
+    """Count the open files of the server process."""
+    folder = Path(f"/proc/{server.process.pid}/fd")
+    if not folder.exists():
+        pytest.skip("needs /proc")
+    return len([*folder.iterdir()])
+
+
 class Health(threading.Thread):
     """Somebody who asks for /health all the time, in a thread, and notes the longest wait."""
 

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from email.message import Message
 
 import photos
@@ -18,6 +19,7 @@ from helpers import (
     LONG_NAME,
     PING,
     PINGS,
+    PONG,
     ROOT,
     START,
     TEXT,
@@ -33,6 +35,7 @@ from helpers import (
     head_of,
     health,
     memory,
+    open_files,
     post_and_get_path,
     run_server,
     stop,
@@ -46,6 +49,7 @@ from helpers import (
 from photos import ASTRONAUT, MIB, TINY, np
 
 BYTES_A_PIXEL = 9  # that a photo takes at most while it is annotated
+NOISE = photos.encode(".jpg", np.random.default_rng(1).integers(0, 256, (2500, 2500, 3), np.uint8))
 DAMAGED = "The photo is damaged or cut short."
 
 
@@ -234,7 +238,13 @@ async def test_a_body_over_the_limit_is_refused_as_it_arrives(
 
 @pytest.mark.parametrize(
     "request_",
-    [b"GARBAGE\r\n\r\n", to_get("/", "A: \0"), to_get("/" + "a" * 9000), to_get("/", "no colon")],
+    [
+        b"GARBAGE\r\n\r\n",
+        to_get("/", "A: \0"),
+        to_get("/" + "a" * 9000),
+        to_get("/", "no colon"),
+        to_get("/", *["A: b"] * 64),  # with Host, 65 headers
+    ],
 )
 async def test_what_is_not_http_is_refused(request_: bytes) -> None:
     with run_server(tracebacks=True) as server:  # aiohttp logs one for each
@@ -257,6 +267,57 @@ async def test_headers_that_trickle_are_cut_off(server: Server) -> None:
             while not slow.reader.at_eof():
                 await slow.send(b"G")
                 await asyncio.wait([asyncio.create_task(slow.reader.read(1))], timeout=0.5)
+
+
+@contextlib.asynccontextmanager
+async def pouring(server: Server, start: bytes, data: bytes, number: int = 20) -> AsyncIterator:
+    """Clients that send data after a start, as fast as they can."""
+
+    async def pour() -> None:
+        async with connect(server) as client:
+            await client.send(start)
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    await client.send(data)
+
+    floods = [asyncio.create_task(pour()) for _ in range(number)]
+    await asyncio.sleep(0.5)
+    yield
+    for each in floods:
+        each.cancel()
+    await asyncio.wait(floods)
+
+
+TINY_CHUNKS = b"1\r\nx\r\n" * 10_000
+
+
+@pytest.mark.parametrize("path", ["/detect", "/nothing"])
+async def test_bodies_in_tiny_chunks_hold_nobody_up(fresh: Server, path: str) -> None:
+    """Also those that are refused, and that the server reads on, so that clients see why."""
+    start = head_of("POST", path, "Transfer-Encoding: chunked")
+    async with pouring(fresh, start, TINY_CHUNKS):
+        with Health(fresh) as healthy:
+            await asyncio.sleep(3)
+    assert healthy.longest < 1
+
+
+async def test_frames_without_end_hold_nobody_up(fresh: Server) -> None:
+    """Each is an empty continuation of the same message, so that the server sees no message."""
+    async with pouring(fresh, to_watch() + frame(TEXT, b""), b"\0\x80\0\0\0\0" * 10_000):
+        with Health(fresh) as healthy:
+            await asyncio.sleep(2)
+    assert healthy.longest < 1
+
+
+async def test_a_refused_body_that_goes_on_takes_no_memory() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        server = stack.enter_context(run_server("--max-mb", "4"))
+        before = memory(server, "VmRSS")
+        for _ in range(30):
+            client = await stack.enter_async_context(connect(server))
+            await client.send(to_post(bytes(5 * MIB))[:-9])
+            assert (await client.answer()).says(413)
+        assert memory(server, "VmRSS") - before < 60
 
 
 async def test_uploads_that_stall_keep_nobody_from_posting(server: Server) -> None:
@@ -379,6 +440,62 @@ async def test_a_hundred_who_get_an_image_and_do_not_read_it_take_no_memory() ->
             assert len(await deaf[0].end()) < size
 
 
+async def test_who_reads_too_slowly_holds_no_image_that_was_dropped() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        server = stack.enter_context(run_server("--keep", "1"))
+        for _ in range(3):
+            path = await post_and_get_path(server, NOISE)
+        size, before = (await health(server))["bytes"] / MIB, memory(server, "VmRSS")
+        for _ in range(15):
+            slow = await stack.enter_async_context(connect(server, receive_buffer=4096))
+            await slow.send(to_get(path))
+            assert (await slow.head())[0] == 200
+            path = await post_and_get_path(server, NOISE)
+        assert memory(server, "VmRSS") - before < 5 * size
+        assert len(await slow.end()) < size * MIB  # it is cut off, not made to wait
+
+
+async def test_who_reads_an_image_below_a_least_pace_is_cut_off() -> None:
+    """The pace is 64 KiB in --upload-timeout; this client reads 8 KiB a second."""
+    with run_server("--upload-timeout", "2") as server:
+        path = await post_and_get_path(server, NOISE)
+        async with connect(server, receive_buffer=4096) as slow, asyncio.timeout(TIMEOUT):
+            await slow.send(to_get(path))
+            with contextlib.suppress(ConnectionError):
+                while await slow.reader.read(2048):  # noqa: ASYNC110
+                    await asyncio.sleep(0.25)
+
+
+async def test_who_reads_no_answer_is_cut_off() -> None:
+    with run_server("--upload-timeout", "1") as server:
+        before = open_files(server)
+        async with connect(server, receive_buffer=4096) as deaf, asyncio.timeout(TIMEOUT):
+            await deaf.send(to_get("/openapi.json") * 1000)
+            while open_files(server) == before:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            while open_files(server) > before:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+
+async def test_a_long_list_holds_nobody_up() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        server = stack.enter_context(run_server("--keep", "2000"))
+        client = await stack.enter_async_context(connect(server))
+        for _ in range(20):
+            await client.send(to_post(TINY) * 100)
+            for _ in range(100):
+                assert (await client.answer()).says(201)
+        clients = [await stack.enter_async_context(connect(server)) for _ in range(60)]
+        with Health(server) as healthy:
+            start = time.monotonic()
+            for each in clients:
+                await each.send(to_get("/image"))
+            for each in clients:
+                assert (await each.answer()).says(200, '"face_count": 0')
+            took = time.monotonic() - start
+        assert healthy.longest < took / 3
+
+
 async def test_a_connection_that_is_not_used_is_closed() -> None:
     with run_server("--upload-timeout", "1") as server:
         async with connect(server) as idle, asyncio.timeout(10):
@@ -438,6 +555,25 @@ async def test_a_watcher_that_pings_and_does_not_read_takes_no_memory(server: Se
                     deaf.writer.write(frame(PING, bytes(125)) * 500)
                     await deaf.writer.drain()
         assert memory(server, "VmRSS") - before < 10
+
+
+async def test_a_watcher_that_sends_too_much_is_cut_off(server: Server) -> None:
+    async with watch(server) as good, watch(server) as bad:
+        await good.send(frame(PONG, b"") * 99)
+        await bad.send(frame(PONG, b"") * 100)
+        assert await bad.end() == b""
+        answer = await ask(server, to_post(TINY))
+        assert await good.frame() == (TEXT, answer.headers["Location"].encode())
+
+
+async def test_a_watcher_that_sends_and_leaves_gives_its_place_back(fresh: Server) -> None:
+    before = memory(fresh, "VmRSS")
+    for _ in range(100):
+        async with watch(fresh) as leaving:
+            leaving.writer.write(frame(PONG, b"") * 30_000)
+    async with asyncio.timeout(3):
+        await until(fresh, clients=0)
+    assert memory(fresh, "VmRSS") - before < 20
 
 
 async def test_a_long_message_of_a_watcher_ends_it(server: Server) -> None:
@@ -540,6 +676,12 @@ async def test_a_name_that_is_none_reaches_no_watcher() -> None:
             assert (await bad.answer()).says(403)
             assert (await ask(server, to_post(TINY))).says(201)
             assert (await good.frame())[0] == TEXT
+
+
+async def test_what_a_browser_keeps_is_for_no_other_site(server: Server) -> None:
+    """It would show an image of its cache to a page that may not get it from the server."""
+    for path in ("/", await post_and_get_path(server, TINY)):
+        assert (await ask(server, to_get(path))).headers["Vary"] == "Accept, Origin"
 
 
 @pytest.mark.parametrize(
