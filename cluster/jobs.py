@@ -1,9 +1,4 @@
-"""What web processes and workers share: where Redis keeps what, and the queue of Celery.
-
-Redis keeps each photo that was accepted until it is done, so none is lost with a process. Celery
-carries only their ids. If its worker is killed it may lose one, so web processes send again what is
-overdue. A photo that comes twice is done once.
-"""
+"""What web processes and workers share: where Redis keeps what (README.md), and Celery's queue."""
 
 import logging
 import sys
@@ -15,21 +10,14 @@ from kombu.exceptions import OperationalError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for server.py
 
-# These have no time to live, so Redis never drops them:
-JOBS = "faces:jobs"  # a sorted set: the id of each photo in work, and when it is overdue
-STARTS = "faces:starts"  # a hash: how often the work on each of them began
-BYTES = "faces:bytes"  # a number: the bytes of all of them
-QUEUE = "faces:queue"  # a list of Celery: their ids
-KEYS = [JOBS, STARTS, BYTES, QUEUE]
-PHOTO = "faces:photo:"  # and an id; a hash: the photo, and JSON
-IMAGES, ERRORS = "faces:images", "faces:errors"  # streams: JSON of what came of the last photos
-# This has one:
-IMAGE = "faces:image:"  # and an id; a hash: what came of a photo, as JSON and JPEG
-
+JOBS, QUEUE = "faces:jobs", "faces:queue"  # photos in work, by when they are overdue; their ids
+KEYS = [JOBS, "faces:starts", "faces:bytes", QUEUE]  # of the scripts
+PHOTO, IMAGE = "faces:photo:", "faces:image:"  # and an id: hashes of JSON, and photo or JPEG
+IMAGES, ERRORS = "faces:images", "faces:errors"  # streams: the news of photos, as JSON
 SCRIPTS = {each.stem: each.read_text() for each in Path(__file__).parent.glob("lua/*.lua")}
-OVERDUE = 20  # seconds; whatever works on a photo for longer is ended
-TIMEOUT = 3  # seconds for an answer of Redis
-TIMEOUTS = {"socket_timeout": TIMEOUT, "socket_connect_timeout": TIMEOUT}
+
+OVERDUE = 20  # seconds; then a photo is sent again, and whatever still works on it is ended
+TIMEOUTS = {"socket_timeout": 3, "socket_connect_timeout": 3}  # seconds for an answer of Redis
 CONNECTION = {**TIMEOUTS, "protocol": 2}  # with 3, redis-py 8.1 reuses connections that are closed
 WORKER = "faces-worker"  # the name of the connection of each process that annotates
 ANNOTATE = "faces.annotate"  # the name of the task

@@ -1,8 +1,5 @@
 #!/usr/bin/env python3
-"""A worker of the cluster: takes photos from Redis and annotates them, and knows nothing of HTTP.
-
-python cluster/worker.py --redis-url redis://localhost:6379/0 --threads 2
-"""
+"""A worker of the cluster: takes photos from Redis and annotates them; it knows no HTTP."""
 
 import argparse
 import json
@@ -16,18 +13,12 @@ import jobs  # isort: skip (it finds server.py)
 import redis
 from celery.signals import worker_init, worker_process_init
 from jobs import app  # for `celery -A worker worker`
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import OutOfMemoryError
-from redis.retry import Retry
 
 import server
 
 MOST_STARTS = 3  # of the work on a photo
 ERROR_SECONDS = 60  # to keep what is wrong with a photo
 MOST_NEWS = 1000  # images, or errors, that a web process may be late to read
-# All that a worker asks of Redis may be asked twice.
-RETRY = {"retry": Retry(ExponentialBackoff(cap=1), 20), "retry_on_error": [OutOfMemoryError]}
-
 detector: server.Detector | None = None
 connection: redis.Redis
 
@@ -39,18 +30,18 @@ def prepare(**_: Any) -> None:
     model, min_score = os.environ.get("FACES_MODEL", ""), os.environ.get("FACES_MIN_SCORE", "0")
     server.cv2.setNumThreads(1)  # a process has no copy of the threads of another
     try:
-        detector = detector or server.load_detector(model, float(min_score))
         redis.ConnectionPool.from_url(app.conf.broker_url)
+        detector = detector or server.load_detector(model, float(min_score))
     except (OSError, ValueError) as error:
         sys.exit(f"It cannot start (--model, --min-score, --redis-url): {error}")
 
 
 @worker_process_init.connect
 def connect(**_: Any) -> None:
-    """Connect a process, so that web processes count it."""
+    """Connect a process to Redis, where web processes count it."""
     global connection
-    options = {**jobs.CONNECTION, **RETRY, "client_name": jobs.WORKER}
-    connection = redis.Redis.from_url(app.conf.broker_url, **options)
+    url, name = app.conf.broker_url, jobs.WORKER
+    connection = redis.Redis.from_url(url, client_name=name, **jobs.CONNECTION)  # tries again
     with suppress(redis.RedisError):
         connection.ping()
 
@@ -59,26 +50,25 @@ def connect(**_: Any) -> None:
 def annotate(photo_id: str) -> None:
     """Annotate a photo, and keep and publish what comes of it; do nothing if it is done."""
     begin, key = time.monotonic(), jobs.PHOTO + photo_id
-    started = jobs.run(connection, "start", photo_id, jobs.OVERDUE)
-    if not started:
+    steps = connection.pipeline().hmget(key, "json", "photo")
+    (line, photo), (count, now) = jobs.run(steps, "start", photo_id, jobs.OVERDUE).execute()
+    if not count:
         return
-    count, now = started
     try:
         if count > MOST_STARTS:
             raise server.BadPhoto(f"{MOST_STARTS} times its process failed; it is given up.")
-        line, photo = connection.hmget(key, "json", "photo")
         posted = json.loads(line)
-        jpeg, found = server.annotate(photo, detector)
+        jpeg, known = server.annotate(photo, detector)
         seconds = float(now) - posted["at"] + time.monotonic() - begin
-        known = {"filename": posted["filename"], **found, "took_ms": round(seconds * 1000)}
+        known |= {"filename": posted["filename"], "took_ms": round(seconds * 1000)}
         stream, keep = jobs.IMAGES, posted["keep_seconds"]
     except server.BadPhoto as error:
         jpeg, known = b"", {"error": type(error).__name__, "text": str(error)}
         stream, keep = jobs.ERRORS, ERROR_SECONDS
-    news, image_key = json.dumps({"id": photo_id, **known}), jobs.IMAGE + photo_id
-    steps = connection.pipeline().hset(image_key, mapping={"json": news, "jpeg": jpeg})
-    steps.expire(image_key, keep).execute()
-    jobs.run(connection, "finish", photo_id, key, stream, news, MOST_NEWS)
+    news = json.dumps({"id": photo_id} | known)
+    steps = connection.pipeline().hset(jobs.IMAGE + photo_id, mapping={"json": news, "jpeg": jpeg})
+    steps.expire(jobs.IMAGE + photo_id, keep)
+    jobs.run(steps, "finish", photo_id, key, stream, news, MOST_NEWS).execute()
 
 
 def main() -> None:
