@@ -82,9 +82,9 @@ def main() -> None:
             running("Ready to accept", "redis-server", "--port", str(port), *policy)
         )
         worker_pid, _ = start(running("tasks", *worker, *model))
-        web_pid, said = start(running(r"http://\S+", *web))
+        web_pid, said = start(running(r"http://[^/\s]+", *web))
         cluster_port = int(said.rpartition(":")[2])
-        server_pid, said = start(running(r"http://\S+", *server))
+        server_pid, said = start(running(r"http://[^/\s]+", *server))
         alone_port = int(said.rpartition(":")[2])
         client = redis.Redis.from_url(url)
         pids = {"server.py": server_pid, "web": web_pid, "Celery": worker_pid, "Redis": redis_pid}

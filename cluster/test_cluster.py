@@ -146,7 +146,7 @@ class Cluster:
         """Start a web process; return it and its URL."""
         command = CLUSTER / "web.py", "--port", "0", "--redis-url", self.redis.url, *options
         program = self.start("web", sys.executable, *command)
-        return program, program.until_it_says(r"open +(http://\S+)")
+        return program, program.until_it_says(r"(http://[^/\s]+)")
 
     def worker(self, *options: str) -> Program:
         """Start a worker with the real detector."""

@@ -228,7 +228,8 @@ def main() -> None:
     redis_options = options.pop("redis_url"), options.pop("keep_seconds")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        server.serve(create_app(Config(**options), *redis_options))
+        with suppress(web.GracefulExit, KeyboardInterrupt):  # a second Ctrl+C
+            server.serve(create_app(Config(**options), *redis_options))
     except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"It cannot start (--host, --port, --model, --redis-url): {error}")
     os._exit(0)  # Python would wait for threads whose photos take minutes
