@@ -56,10 +56,8 @@ class Config:
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
     port: int = option(8282, "port to listen on; 0 takes a free one")
-    public_url: str = option("", "URL of this server behind a proxy (default: none)")
-    allow_origin: tuple[str, ...] = option(
-        (), "site that may use it, or *; repeatable (default: none)"
-    )
+    public_url: str = option("", "URL of this server behind a proxy")
+    allow_origin: tuple[str, ...] = option((), "site that may use it, or *; repeatable")
     keep: int = option(100, "images to keep")
     keep_mb: int = option(128, "MiB of images to keep")
     max_mb: int = option(20, "MiB of the largest body", least=1)
@@ -67,8 +65,8 @@ class Config:
     threads: int = option(os.cpu_count() or 1, "photos to work on at a time", least=1)
     queue: int = option(8, "photos that may wait for each thread")
     max_clients: int = option(500, "watchers at a time")
-    model: str = option("", "YuNet network (.onnx) or cascade (.xml) (default: OpenCV's)")
-    min_score: float = option(0.0, "score that a face needs (default: 9, with YuNet 0.7)")
+    model: str = option("", "YuNet network (.onnx) or cascade (.xml), instead of OpenCV's")
+    min_score: float = option(0.0, "score that a face needs, instead of 9, with YuNet 0.7")
 
 
 # --- A photo: bytes in, bytes out ---
@@ -530,11 +528,10 @@ def find_file(form: bytes, content_type: str) -> tuple[str, bytes]:
     A form of short lines would keep aiohttp's own reader, and so everybody, busy for seconds.
     """
     form = b"\r\n" + form.lstrip()
+    named = re.search('boundary="?([^";]+)', content_type, re.IGNORECASE)
     first_line = form.split(b"\r\n", 2)[1]
-    boundary = re.search('boundary="?([^";]+)', content_type, re.IGNORECASE)
-    delimiter = b"\r\n" + (
-        f"--{boundary[1].rstrip()}".encode(errors="replace") if boundary else first_line
-    )
+    line = f"--{named[1].rstrip()}".encode(errors="replace") if named else first_line
+    delimiter = b"\r\n" + line
     parts, end, _ = form.partition(delimiter + b"--")
     files = []
     for part in parts.split(delimiter, MAX_PARTS)[1:]:
@@ -815,17 +812,14 @@ def check(config: Config) -> Config:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with an option for each field of Config."""
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     for each in fields(Config):
-        name, explanation = "--" + each.name.replace("_", "-"), each.metadata["help"]
-        default = each.default or argparse.SUPPRESS  # the explanation of an empty one tells it
-        if each.name == "allow_origin":
-            parser.add_argument(name, action="append", default=default, help=explanation)
+        name, default = "--" + each.name.replace("_", "-"), each.default
+        explanation = f"{each.metadata['help']} (default: {default or 'none'})"
+        if isinstance(default, tuple):
+            parser.add_argument(name, action="append", default=[], help=explanation)
         else:
-            kind = type(each.default)
-            parser.add_argument(name, type=kind, default=default, help=explanation)
+            parser.add_argument(name, type=type(default), default=default, help=explanation)
     return parser
 
 
