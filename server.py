@@ -482,7 +482,8 @@ def load_cascade(file: Path) -> cv2.CascadeClassifier:
 UPLOAD_MEMORY = 8  # times --max-mb: what all uploads under way may hold
 UPLOADS = web.AppKey("UPLOADS", Counter[str])  # the bytes that have come of them
 MAX_PARTS = 100  # of a form
-MAX_PART_HEADERS = 2048  # bytes; the time to parse them grows with their square
+MAX_PART_HEADERS = 2048  # bytes
+MAX_PARAMETERS = 20  # of a part; the time to parse them grows with their square
 MAX_FILENAME = 255  # characters
 
 
@@ -548,6 +549,8 @@ def find_file(form: bytes, content_type: str) -> tuple[str, bytes]:
 
 def find_filename(headers: bytes) -> str | None:
     """Return the filename of a part, decoded and without folders; None if it is no file."""
+    if headers.count(b";") > MAX_PARAMETERS:
+        return None
     message = message_from_string(headers[:MAX_PART_HEADERS].decode(errors="replace"))
     try:
         parameters = dict(message.get_params([], "Content-Disposition"))

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import json
 import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -37,7 +39,7 @@ from helpers import (
 )
 from photos import ASTRONAUT, MIB, TINY
 
-from server import Config, create_app
+from server import IMAGES, Config, create_app, find_file
 
 
 # --- Forms, as programs write them ---
@@ -304,6 +306,36 @@ async def test_each_mistake_is_told_its_own_sentence(
 ) -> None:
     answer = await ask(server, to_post(body, kind))
     assert answer.says(status, words)
+
+
+async def test_parameters_without_end_take_little_time() -> None:
+    """The parser of the standard library takes time by their square."""
+
+    def measure(filler: bytes) -> float:
+        part = START[:-2] + b'; a="' + filler * 1900 + b"\r\n\r\n"
+        begin = time.process_time()
+        with contextlib.suppress(web.HTTPBadRequest):
+            find_file(part * 100 + b"\r\n--b--", FORM)
+        return time.process_time() - begin
+
+    assert measure(b";") < 20 * measure(b"a")
+
+
+# --- Who waits for whom ---
+async def test_a_long_list_leaves_others_their_turn(aiohttp_client) -> None:
+    app = create_app(Config(keep=10_000))
+    client = await aiohttp_client(app)
+    async with client.post("/image", data=TINY) as answer:
+        image = await app[IMAGES].get((await answer.json())["id"])
+    for number in range(5000):
+        await app[IMAGES].put(dataclasses.replace(image, id=str(number)))
+    listing = asyncio.create_task(client.get("/image"))
+    turns = 0
+    while not listing.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert len(await (await listing).json()) == 5001
+    assert turns > 5000
 
 
 # --- Applications around it ---
