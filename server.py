@@ -409,7 +409,7 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
 
 # ======== The guards: what keeps a hostile client from hurting others ========
 # --- Photos that hurt ---
-FORMATS = re.compile(rb"\xff\xd8|\x89PNG|RIFF....WEBP|GIF8", re.DOTALL)  # OpenCV reads more
+FORMATS = re.compile(rb"\xff\xd8|\x89PNG|RIFF....WEBP|GIF8.{9}", re.DOTALL)  # OpenCV reads more
 OTHER_FORMATS = {  # by their first bytes
     rb"....ftyp.{0,24}avi[fs]": "AVIF",
     rb"....ftyp(he|mi|ms)": "HEIC (iPhone: Camera, Formats, Most Compatible; or use the page)",
@@ -440,6 +440,8 @@ def make_harmless(photo: bytes) -> bytes:
         return still_png(photo)
     if photo.startswith(b"RIFF"):
         return plain_exif(photo)
+    if photo.startswith(b"GIF8") and photo[11] >= 2 << (photo[10] & 7):
+        return photo[:11] + b"\0" + photo[12:]  # OpenCV refuses a background without a color
     is_jpeg = photo.startswith(b"\xff\xd8")
     if is_jpeg and (photo.count(SCAN) > MAX_SCANS or ARITHMETIC.search(photo)):
         raise BadPhoto(f"The JPEG has over {MAX_SCANS} scans, or arithmetic coding.")

@@ -1,7 +1,14 @@
 """Each kind of photo is read, turned upright, and comes out as a plain JPEG."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import photos
 import pytest
+from helpers import ROOT, TIMEOUT
+from photos import ASTRONAUT
 
 import server
 from server import cv2, np
@@ -73,6 +80,21 @@ def test_a_transparent_pixel_of_a_gif_has_the_color_of_its_background() -> None:
     assert tuple(server.decode(photo)[0, 0]) == background
 
 
+@pytest.mark.parametrize("background", [4, 255])
+def test_a_gif_is_read_though_its_background_has_no_color(background: int) -> None:
+    """The icons of Python's IDLE are such."""
+    photo = photos.encode(".gif", np.zeros((9, 9, 3), np.uint8))
+    colors = 2 << (photo[10] & 7)
+    short = photo[:10] + bytes([0x81, background]) + photo[12:25] + photo[13 + 3 * colors :]
+    assert server.decode(short).shape == (9, 9, 3)
+
+
+@pytest.mark.parametrize("length", range(4, 16))
+def test_the_beginning_of_a_gif_is_refused(length: int) -> None:
+    with pytest.raises(server.BadPhoto):
+        server.decode(photos.encode(".gif")[:length])
+
+
 def test_cmyk_comes_out_in_its_colors() -> None:
     blue, green, red = photos.pixels(server.annotate(photos.CMYK, DETECTOR)[0])[8, 8]
     assert red > 200 > 60 > max(blue, green)
@@ -138,3 +160,18 @@ def test_a_box_stands_out_on_any_photo(side: int, width: int) -> None:
     server.draw(photo, [server.Face(*[side // 4] * 2, *[side // 2] * 2, 9)])
     black = np.flatnonzero(photo[side // 2, : side // 2, 1] == 0)
     assert np.ptp(black) == pytest.approx(width, abs=1)
+
+
+def test_the_comparison_with_pillow_names_what_differs(tmp_path: Path) -> None:
+    """Pillow turns a photo by XMP too, the server does not."""
+    pytest.importorskip("PIL", reason="Pillow is missing: pip install -r tests/requirements.txt")
+    for number, photo in enumerate(photos.KINDS.values()):
+        tmp_path.joinpath(f"{number}.jpg").write_bytes(photo)
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'
+    turned = ASTRONAUT[:2] + photos.segment(0xE1, xmp) + ASTRONAUT[2:]
+    tmp_path.joinpath("turned.jpg").write_bytes(turned)
+    command = [sys.executable, str(ROOT / "bench/formats.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert re.findall("^(?:JPEG|PNG|WEBP|GIF) .*", done.stdout, re.MULTILINE) == [
+        f"JPEG turned: {tmp_path / 'turned.jpg'} "
+    ], done.stderr
