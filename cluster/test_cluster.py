@@ -378,8 +378,8 @@ async def test_whole_processes_are_killed_at_the_worst_moments(
     assert time.monotonic() - began < LATEST
     assert {(await client.get(f"{url}/image/{id}"))[0] for id in ids} == {200}
     assert {each["id"] for each in await client.json(f"{url}/image")} == ids
-    assert queue.exists(jobs.JOBS, jobs.STARTS, jobs.QUEUE) == 0
-    assert queue.get(jobs.BYTES) == b"0"
+    assert queue.exists(jobs.JOBS, "faces:starts", jobs.QUEUE) == 0
+    assert queue.get("faces:bytes") == b"0"
 
 
 async def test_a_photo_that_ends_its_process_is_given_up_after_three_starts(
