@@ -295,7 +295,7 @@ import jobs, pytest, server, web, worker
 
 url, *options = sys.argv[1:]
 worker.app.conf.broker_url = url
-worker.connect()
+worker.prepare()
 create_alone = server.create_app
 
 

@@ -23,10 +23,8 @@ import server
 from server import BadPhoto, Config, Image
 
 LONGEST_WAIT = 70  # seconds for a photo; nginx waits for 75
-LONGEST_PAUSE = 3  # seconds that Redis may take to accept a photo
-LISTED = 100  # images at GET /image
-SHARE = 0.5  # of the memory of Redis that photos in work may fill
 BAD = {"BadPhoto": BadPhoto, "WrongFormat": server.WrongFormat}
+CLUSTER: web.AppKey["Cluster"] = web.AppKey("CLUSTER")
 Outcome = Image | BadPhoto | None
 News = asyncio.Future[Outcome]  # its None means: look again
 
@@ -66,7 +64,7 @@ class Cluster(server.ImageStore):
 
     async def newest(self) -> list[Image]:
         """Return the newest images, without their JPEGs."""
-        lines = await jobs.run(self.redis, "newest", jobs.IMAGES, jobs.IMAGE, LISTED)
+        lines = await jobs.run(self.redis, "newest", jobs.IMAGES, jobs.IMAGE)
         return [image for _, image in map(read, lines) if isinstance(image, Image)]
 
     async def count(self) -> server.Json:
@@ -82,7 +80,7 @@ class Cluster(server.ImageStore):
         photo_id, now = str(uuid.uuid4()), time.time() + self.ahead
         posted = {"filename": filename, "at": now, "keep_seconds": self.keep_seconds}
         most_jobs = max(1, self.threads) * (1 + self.queue)
-        limits = len(photo), now + LONGEST_PAUSE, most_jobs, jobs.OVERDUE, SHARE
+        limits = len(photo), now, most_jobs, jobs.OVERDUE
         steps, key = self.redis.pipeline(), jobs.PHOTO + photo_id
         steps.hset(key, mapping={"json": json.dumps(posted), "photo": photo})
         _, refusal = await jobs.run(steps, "accept", photo_id, key, *limits).execute()
@@ -96,9 +94,6 @@ class Cluster(server.ImageStore):
         """Tell those who wait for a photo what came of it."""
         if photo_id in self.news:
             self.news.pop(photo_id).set_result(outcome)
-
-
-CLUSTER = web.AppKey("CLUSTER", Cluster)
 
 
 def read(line: bytes, jpeg: bytes = b"") -> tuple[str, Outcome]:

@@ -18,7 +18,6 @@ import server
 
 MOST_STARTS = 3  # of the work on a photo
 ERROR_SECONDS = 60  # to keep what is wrong with a photo
-MOST_NEWS = 1000  # images, or errors, that a web process may be late to read
 detector: server.Detector | None = None
 connection: redis.Redis
 
@@ -26,11 +25,12 @@ connection: redis.Redis
 @worker_init.connect
 def prepare(**_: Any) -> None:
     """Load the detector for all processes of this worker; or end it, in words."""
-    global detector
+    global connection, detector
     model, min_score = os.environ.get("FACES_MODEL", ""), os.environ.get("FACES_MIN_SCORE", "0")
+    url, name = app.conf.broker_url, jobs.WORKER
     server.cv2.setNumThreads(1)  # a process has no copy of the threads of another
     try:
-        redis.ConnectionPool.from_url(app.conf.broker_url)
+        connection = redis.Redis.from_url(url, client_name=name, **jobs.CONNECTION)
         detector = detector or server.load_detector(model, float(min_score))
     except (OSError, ValueError) as error:
         sys.exit(f"It cannot start (--model, --min-score, --redis-url): {error}")
@@ -39,9 +39,6 @@ def prepare(**_: Any) -> None:
 @worker_process_init.connect
 def connect(**_: Any) -> None:
     """Connect a process to Redis, where web processes count it."""
-    global connection
-    url, name = app.conf.broker_url, jobs.WORKER
-    connection = redis.Redis.from_url(url, client_name=name, **jobs.CONNECTION)  # tries again
     with suppress(redis.RedisError):
         connection.ping()
 
@@ -68,7 +65,7 @@ def annotate(photo_id: str) -> None:
     news = json.dumps({"id": photo_id} | known)
     steps = connection.pipeline().hset(jobs.IMAGE + photo_id, mapping={"json": news, "jpeg": jpeg})
     steps.expire(jobs.IMAGE + photo_id, keep)
-    jobs.run(steps, "finish", photo_id, key, stream, news, MOST_NEWS).execute()
+    jobs.run(steps, "finish", photo_id, key, stream, news).execute()
 
 
 def main() -> None:

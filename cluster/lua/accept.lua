@@ -1,15 +1,15 @@
 -- Accept a photo that was just set, or delete it and return why not. A Redis that was paused may get here late,
 -- when the poster has been refused already.
 local jobs, starts, bytes = unpack(KEYS)
-local id, photo, size, deadline, most_jobs, seconds, share = unpack(ARGV)
+local id, photo, size, posted, most_jobs, seconds = unpack(ARGV)
+local longest_pause, share = 3, 0.5  -- seconds; of the memory, or there would be no room for images
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
--- Photos may fill a share of the memory only, or there would be no room for images.
 local memory = tonumber(string.match(redis.call('INFO', 'memory'), 'maxmemory:(%d+)'))
 local used = size + (redis.call('GET', bytes) or 0)
 
 local refusal = false
-if now > tonumber(deadline) then
+if now > posted + longest_pause then
   refusal = 'Redis is away (--redis-url).'
 elseif redis.call('ZCARD', jobs) >= tonumber(most_jobs) then
   refusal = 'Too many photos wait (--queue).'
