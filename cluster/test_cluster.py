@@ -403,11 +403,15 @@ async def test_redis_is_killed_and_started_again(cluster: Cluster, client: Clien
     cluster.odd_worker(1)
     _, url = cluster.web()
     next_message = await client.watch(url)
+    known = await client.post(url)
+    assert await next_message() == known["url"]
+    assert (await client.get(known["url"]))[0] == 200
     waiting = asyncio.create_task(client.post(url, SLOW))
     await cluster.begun(70)
     promised = await client.post(url, **LATER)
     cluster.redis.program.end(signal.SIGKILL)
 
+    assert (await client.get(known["url"]))[0] == 200  # this process has a copy
     for path in ("/health", "/image", f"/image/{promised['id']}"):
         assert (await client.get(url + path))[0] == 503
     status, problem = await client.try_post(url)

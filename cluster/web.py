@@ -46,8 +46,10 @@ class Cluster(server.ImageStore):
     async def get(self, image_id: str) -> Image | None:
         """Return an image as soon as it is done. Raises BadPhoto, TimeoutError or RedisError."""
         image, key = await super().get(image_id), jobs.IMAGE + image_id
-        if image and await self.redis.touch(key):  # this is a use of it for Redis too
-            return image
+        if image:
+            (uses,) = await asyncio.gather(self.redis.touch(key), return_exceptions=True)
+            if uses != 0:  # if it is an error, the copy serves; else Redis has dropped the image
+                return image
         news = self.news[image_id]  # from here on, none is missed
         lookup = self.redis.pipeline().hmget(key, "json", "jpeg").zscore(jobs.JOBS, image_id)
         (line, jpeg), overdue = await lookup.execute()
