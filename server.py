@@ -228,6 +228,7 @@ class Image:
     jpeg: bytes
     found: Json  # its width, height, faces and took_ms
     created: float  # seconds since 1970
+    small: bytes = b""  # a JPEG of SMALL_WIDTH, if the image is wider
 
     def describe(self, base: str) -> Json:
         """Return all but the JPEG, for a client who knows the server by this base URL."""
@@ -246,11 +247,11 @@ class ImageStore:
     async def put(self, image: Image) -> None:
         """Keep an image; others go if there is no room, but never this one."""
         self.images[image.id] = image
-        self.size += len(image.jpeg)
+        self.size += len(image.jpeg) + len(image.small)
         room = self.keep_mb * 2**20
         while len(self.images) > 1 and (len(self.images) > self.keep or self.size > room):
             _, dropped = self.images.popitem(last=False)
-            self.size -= len(dropped.jpeg)
+            self.size -= len(dropped.jpeg) + len(dropped.small)
 
     async def get(self, image_id: str) -> Image | None:
         """Return an image, which counts as a use of it."""
@@ -320,7 +321,7 @@ async def get_home(request: web.Request) -> web.StreamResponse:
     """GET /: the page in a browser, and for curl the commands to try."""
     page = STATIC / "index.html"
     if page.exists() and "text/html" in request.headers.get("Accept", ""):
-        return web.FileResponse(page)
+        return web.FileResponse(page, headers=PAGE_HEADERS)
     address = base_url(request).partition("//")[2].rstrip("/")
     return web.Response(text=USAGE.format(address))
 
@@ -336,7 +337,8 @@ async def post_image(request: web.Request) -> web.Response:
 async def make_image(app: web.Application, filename: str | None, photo: bytes) -> Image:
     """Annotate a photo, keep the image, and announce it."""
     jpeg, found = await run_in_thread(app, photo, drawn=True)
-    image = Image(str(uuid.uuid4()), filename, jpeg, found, time.time())
+    small = await asyncio.to_thread(shrink, jpeg, found)
+    image = Image(str(uuid.uuid4()), filename, jpeg, found, time.time(), small)
     await app[IMAGES].put(image)
     await announce(app, image)
     log.info("%r: %d faces in %d ms", filename, len(found["faces"]), found["took_ms"])
@@ -344,7 +346,7 @@ async def make_image(app: web.Application, filename: str | None, photo: bytes) -
 
 
 async def get_image(request: web.Request) -> web.StreamResponse:
-    """GET /image/{id}: the photo with its boxes."""
+    """GET /image/{id}: the photo with its boxes; by ?width=480, a small one."""
     return await send_image(request)
 
 
@@ -376,7 +378,8 @@ async def get_health(request: web.Request) -> web.Response:
     """GET /health: what the server holds."""
     clients, queued = len(request.app[WATCHERS]), len(request.app[JOBS])
     held = await request.app[IMAGES].count()
-    return reply({"status": "ok", "clients": clients, "queued": queued} | held)
+    page = {"join": url_for_others(request), "upload_timeout": request.app[CONFIG].upload_timeout}
+    return reply({"status": "ok", "clients": clients, "queued": queued} | held | page)
 
 
 def create_app(config: Config = Config(), detector: Detector | None = None) -> web.Application:
@@ -400,6 +403,7 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
     app.router.add_get("/image/{id}/meta", get_meta)
     app.router.add_post("/detect", post_detect)
     app.router.add_get("/health", get_health)
+    app.router.add_get("/join.png", get_join)
     if STATIC.is_dir():
         app.router.add_get("/docs", get_docs)
         app.router.add_get("/openapi.json", get_openapi)
@@ -661,14 +665,14 @@ async def run_in_thread(app: web.Application, photo: bytes, drawn: bool) -> tupl
 async def send_image(request: web.Request) -> web.StreamResponse:
     """Send an image in pieces. Each is looked up: a slow client holds no image that was dropped."""
     response = web.StreamResponse(headers=IMAGE_HEADERS)
-    size = response.content_length = len((await find_image(request)).jpeg)
+    size = response.content_length = len(choose_jpeg(request, await find_image(request)))
     await response.prepare(request)
     if request.method == "HEAD":
         return response
     assert request.transport
     try:
         for at in range(0, size, PIECE):
-            piece = (await find_image(request)).jpeg[at : at + PIECE]
+            piece = choose_jpeg(request, await find_image(request))[at : at + PIECE]
             async with asyncio.timeout(request.app[CONFIG].upload_timeout):
                 await response.write(piece)
     except (ConnectionError, TimeoutError, web.HTTPNotFound):
@@ -714,7 +718,55 @@ def cut_off_if_deaf(watcher: Watcher) -> None:
         watcher.transport.abort()
 
 
+# --- The room: how others join, and images that fit its Wi-Fi ---
+ADDRESS = web.AppKey("ADDRESS", str)  # the URL that serve() prints
+SMALL_WIDTH = 480  # pixels, of an image for phones
+
+
+def url_for_others(request: web.Request) -> str:
+    """Return the URL for others, where the one that this client knows is for its machine alone."""
+    base = base_url(request)
+    is_local = urlsplit(base).hostname in ("localhost", "127.0.0.1", "::1")
+    return request.app.get(ADDRESS, base) if is_local else base
+
+
+async def get_join(request: web.Request) -> web.Response:
+    """GET /join.png: a QR code of the URL for others."""
+    code = await run_job(request.app, asyncio.to_thread(encode_qr, url_for_others(request)))
+    return web.Response(body=cv2.imencode(".png", code)[1].tobytes(), content_type="image/png")
+
+
+def encode_qr(text: str) -> Pixels:
+    """Return a QR code, a pixel for each module, with the border of 4 that the standard wants."""
+    return np.pad(cv2.QRCodeEncoder.create().encode(text), 2, constant_values=255)  # it has 2
+
+
+def draw_in_terminal(code: Pixels) -> str:
+    """Return a QR code in block characters, two rows in a line, white on black on any terminal."""
+    light = np.pad(code > 0, ((0, len(code) % 2), (0, 0)))
+    blocks = np.array([*" ▄▀█"])[2 * light[::2] + light[1::2]]
+    return "".join(f"  \033[97;40m{''.join(line)}\033[0m\n" for line in blocks)
+
+
+def shrink(jpeg: bytes, found: Json) -> bytes:
+    """Return a JPEG of SMALL_WIDTH, or b"" if it is no wider itself."""
+    if found["width"] <= SMALL_WIDTH:
+        return b""
+    height = max(1, round(found["height"] * SMALL_WIDTH / found["width"]))
+    pixels = cv2.resize(decode(jpeg), (SMALL_WIDTH, height), interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+
+
+def choose_jpeg(request: web.Request, image: Image) -> bytes:
+    """Return the small JPEG of an image if a request asks for it, and if there is one."""
+    is_small = request.query.get("width") == str(SMALL_WIDTH)
+    return image.small if is_small and image.small else image.jpeg
+
+
 # --- Answers, and errors in words ---
+PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'"}  # no other site frames it
+
+
 def reply(data: Json, **options: Any) -> web.Response:
     """Return JSON that people can read in a terminal."""
     return web.json_response(text=json.dumps(data, indent=2) + "\n", **options)
@@ -722,7 +774,7 @@ def reply(data: Json, **options: Any) -> web.Response:
 
 async def get_docs(request: web.Request) -> web.FileResponse:
     """GET /docs: the API, for people."""
-    return web.FileResponse(STATIC / "docs.html")
+    return web.FileResponse(STATIC / "docs.html", headers=PAGE_HEADERS)
 
 
 async def get_openapi(request: web.Request) -> web.FileResponse:
@@ -775,6 +827,8 @@ def explain(request: web.Request, error: web.HTTPError) -> web.Response:
     log.info("%s %s %r: %d %s", request.remote, method, path, status, detail)
 
     problem = {"title": error.reason, "status": status, "detail": detail}
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        problem["limit"] = request.app[CONFIG].max_mb * 2**20  # bytes
     kind = "application/problem+json"
     del error.headers["Content-Type"]
     return reply(problem, status=status, headers=error.headers, content_type=kind)
@@ -857,7 +911,10 @@ def serve(app: web.Application) -> None:
         timeout = 1000 * app[CONFIG].upload_timeout
         for each in listeners:
             each.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
-    usage = USAGE.format(f"{address_for_others(host)}:{port}")
+    app[ADDRESS] = f"http://{address_for_others(host)}:{port}/"
+    usage = USAGE.format(app[ADDRESS].removeprefix("http://").rstrip("/"))
+    if host == "0.0.0.0" and sys.stdout.isatty():
+        usage += "\n" + draw_in_terminal(encode_qr(app[ADDRESS]))
     web.run_app(
         app,
         sock=listeners,

@@ -353,9 +353,12 @@ async def test_the_first_page_is_for_browsers_and_a_text_for_curl(client):
 
 async def test_health_counts(client):
     await client.ws_connect("/faces")
-    size = len(await (await get(client, await post(client))).read())
+    photo = await post(client)
+    answers = [await get(client, photo, suffix) for suffix in ("", "?width=480")]
+    size = sum([len(await answer.read()) for answer in answers])
     health = {"status": "ok", "clients": 1, "images": 1, "bytes": size, "queued": 0}
-    assert await get_json(client, "/health") == health
+    page = {"join": f"http://127.0.0.1:{client.port}/", "upload_timeout": 40}
+    assert await get_json(client, "/health") == health | page
 
 
 # --- The start ---

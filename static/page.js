@@ -4,9 +4,12 @@ const KEEP = 50; // photos on the page
 const LONGEST_SIDE = 2048; // px of a photo that is posted: as much as a projector shows
 const LOOK_SIDE = 480; // px of a frame that is looked at: as much as the detector needs
 const LOOKS_AT_ONCE = 2; // so that one is on its way while the other is looked at
-const LONGEST_LOOK = 10_000; // ms until a look is given up
+const LONGEST_WAIT = 10_000; // ms until a question is given up, or a picture passed over
 const FIRST_DELAY = 500; // ms until it connects again, and each time twice as long
 const LONGEST_DELAY = 10_000;
+const HEALTH_PAUSE = 15_000; // ms between two questions whether the server is there
+const SMALL_WIDTH = 480; // px of the small pictures that the server makes
+const SHARPEST = 1.4; // px of a picture for each of the page, on the fine screens of phones
 
 const $ = (id) => document.getElementById(id);
 const clone = (id) => $(id).content.firstElementChild.cloneNode(true);
@@ -17,55 +20,85 @@ const once = (target, name) =>
 
 // --- Watch: the photos, the newest first ---
 
-let photos = []; // their JSON, in the order in which they are shown
-let arrived = []; // those that the websocket brought since it opened
+let photos = []; // their JSON
 
 async function watch() {
   for (let delay = FIRST_DELAY, before = false; ; delay = Math.min(2 * delay, LONGEST_DELAY)) {
     const url = new URL("faces?format=json", location.href.replace(/^http/, "ws"));
     const socket = new WebSocket(url);
-    socket.onmessage = (message) => add(JSON.parse(message.data));
     socket.onopen = () => {
       tell("open", before ? "Connected again" : "Connected");
       delay = FIRST_DELAY;
       before = true;
-      arrived = [];
       remember();
+      tellRoom();
     };
-    await once(socket, "close");
-    const wait = delay * (1 + Math.random()); // so that a class does not come back all at once
-    tell("away", `The server is away, trying again in ${Math.ceil(wait / 1000)} s`);
-    // A phone that comes out of its pocket, or into the Wi-Fi again, need not wait.
-    await Promise.race([pause(wait), once(document, "visibilitychange"), once(window, "online")]);
+    socket.onmessage = ({ data }) => add(JSON.parse(data));
+    await Promise.race([once(socket, "close"), silence(socket)]);
+    socket.onopen = socket.onmessage = null;
+    socket.close();
+    tell("away", "The server is away");
+    await countDown(delay * (1 + Math.random())); // so that a class does not come back all at once
   }
 }
 
+// Where packets are lost, nothing closes: ask for signs of life, until two questions fail.
+async function silence(socket) {
+  for (let failures = 0; failures < 2 && socket.readyState <= WebSocket.OPEN; failures++) {
+    await pause(HEALTH_PAUSE);
+    if (await tellRoom()) failures = -1;
+  }
+}
+
+const ask = (path) =>
+  fetch(path, { signal: AbortSignal.timeout(LONGEST_WAIT) })
+    .then((response) => (response.ok ? response.json() : null))
+    .catch(() => null);
+
 function tell(state, text) {
-  $("state").className = `quiet ${state}`;
+  $("connection").className = `quiet ${state}`;
   $("state").textContent = text;
 }
 
-// Show what the server keeps. What arrived while it was asked is newer than its answer.
+// A phone that comes out of its pocket, or into the Wi-Fi again, need not wait.
+async function countDown(ms) {
+  const sooner = [once(document, "visibilitychange"), once(window, "online")];
+  for (let rest = ms, woken = null; rest > 0 && !woken; rest -= 1000) {
+    $("more").textContent = `trying again in ${Math.ceil(rest / 1000)} s`;
+    woken = await Promise.race([...sooner, pause(Math.min(rest, 1000))]);
+  }
+  $("more").textContent = "";
+}
+
+// Show what the server keeps. What arrives while it is asked is newer than its answer.
 async function remember() {
-  const response = await fetch("image", { cache: "no-store" }).catch(() => null);
-  if (!response?.ok) return show(photos); // those and the new ones are better than nothing
-  const kept = await response.json();
-  const ids = new Set(kept.map((photo) => photo.id));
-  show([...arrived.filter((photo) => !ids.has(photo.id)), ...kept]);
+  const known = new Set(photos.map((photo) => photo.id));
+  const kept = await ask("image");
+  if (kept) {
+    for (const photo of kept) known.add(photo.id);
+    const newer = photos.filter((photo) => !known.has(photo.id));
+    photos = [...newer, ...kept].slice(0, KEEP);
+  }
+  show();
 }
 
 function add(photo) {
-  arrived.unshift(photo);
   if (photos.some((known) => known.id === photo.id)) return; // remember() was faster
-  show([photo, ...photos]);
+  photos = [photo, ...photos].slice(0, KEEP);
+  show();
   announce(photo.faces.length);
 }
 
-// Show these photos and no others. The cards that are there already stay as they are.
-function show(list) {
-  photos = list.slice(0, KEEP);
+// Show the photos, unless they are held. The cards that are there already stay as they are.
+function show() {
   $("empty").hidden = photos.length > 0;
   const cards = new Map([...$("photos").children].map((card) => [card.dataset.id, card]));
+  const fresh = photos.filter((photo) => !cards.has(photo.id)).length;
+  $("fresh").textContent = count(fresh, "new photo") + (fresh === KEEP ? " or more" : "");
+  $("fresh").hidden = fresh === 0 || !isHeld();
+  if (isHeld()) return;
+
+  const focused = document.activeElement;
   let next = $("photos").firstElementChild;
   for (const photo of photos) {
     const card = cards.get(photo.id) ?? newCard(photo);
@@ -74,13 +107,16 @@ function show(list) {
     else $("photos").insertBefore(card, next);
   }
   for (const card of cards.values()) card.remove();
+  if (focused === document.activeElement) return;
+  const last = $("photos").lastElementChild?.querySelector("a") ?? $("choose");
+  (focused.isConnected ? focused : last).focus({ preventScroll: true });
 }
 
 function newCard(photo) {
   const card = clone("photo");
   const get = (selector) => card.querySelector(selector);
   const name = photo.filename || "a photo";
-  const faces = count(photo.faces.length, "face");
+  const faces = count(photo.face_count ?? photo.faces.length, "face"); // the list counts them
   const img = get("img");
   card.dataset.id = photo.id;
   get("a").href = `image/${photo.id}`;
@@ -89,12 +125,48 @@ function newCard(photo) {
   img.height = photo.height;
   get(".name").textContent = get(".name").title = name;
   get(".faces").textContent = faces;
-  const size = `${photo.width} × ${photo.height} px`.replaceAll(" ", "\u00a0"); // on one line
+  const size = `${photo.width}\u00a0×\u00a0${photo.height}\u00a0px`;
   get(".size").textContent = `${size}, took ${photo.took_ms}\u00a0ms`;
   get("button").onclick = () => copy(photo.url, get("button"));
   near.observe(img);
   return card;
 }
+
+// --- Hold: by the button, or while somebody has scrolled down to look at an older photo ---
+
+let held = false;
+
+const topOfNewest = () => $("photos").firstElementChild?.getBoundingClientRect().top ?? 0;
+const isHeld = () => held || topOfNewest() < -innerHeight / 10;
+
+function hold(on) {
+  held = on;
+  $("hold").textContent = on ? "Release" : "Hold";
+  show();
+}
+
+$("hold").onclick = () => hold(!held);
+$("fresh").onclick = () => {
+  scrollTo(0, 0);
+  hold(false);
+  $("photos").querySelector("a").focus({ preventScroll: true });
+};
+document.onscroll = () => $("fresh").hidden || show();
+
+// --- The projector: the newest photo and the address alone, large ---
+
+async function toWall(on) {
+  document.body.classList.toggle("wall", on);
+  $("wall").textContent = on ? "Leave" : "Projector";
+  show();
+  // An iPhone has no full screen; the rest works there, too.
+  if (on) await document.documentElement.requestFullscreen?.().catch(() => {});
+  else if (document.fullscreenElement) await document.exitFullscreen();
+}
+
+$("wall").onclick = () => toWall(!document.body.classList.contains("wall"));
+document.onfullscreenchange = () => document.fullscreenElement || toWall(false);
+document.onkeydown = ({ key }) => key === "Escape" && toWall(false);
 
 // --- Pictures: only those near the screen, one at a time, the newest first ---
 
@@ -111,6 +183,7 @@ const near = new IntersectionObserver(
   },
   { rootMargin: "300px" },
 );
+const sized = new ResizeObserver((changes) => changes.forEach(({ target }) => fit(target)));
 
 // On a slow network the older ones wait, or never come.
 async function load() {
@@ -118,13 +191,35 @@ async function load() {
   if (loading) return;
   loading = true;
   for (let img = newest(); img; img = newest()) {
-    wanted.delete(img);
-    near.unobserve(img);
-    img.src = img.closest("a").href;
-    await Promise.race([once(img, "load"), once(img, "error")]);
+    const done = [once(img, "load"), once(img, "error"), pause(LONGEST_WAIT)];
+    start(img);
+    await Promise.race(done);
   }
   loading = false;
 }
+
+// Let the browser choose how large a picture it takes.
+function start(img) {
+  wanted.delete(img);
+  near.unobserve(img);
+  const { href } = img.closest("a");
+  const width = img.getAttribute("width");
+  sized.observe(img);
+  fit(img);
+  const small = `${href}?width=${SMALL_WIDTH} ${SMALL_WIDTH}w`;
+  if (width > SMALL_WIDTH) img.srcset = `${small}, ${href} ${width}w`;
+  img.src = href;
+}
+
+// Say how wide the picture is within its <img>. A card that shrinks keeps what it has.
+function fit(img) {
+  const inside = (img.clientHeight * img.getAttribute("width")) / img.getAttribute("height");
+  const sharp = Math.min(1, SHARPEST / devicePixelRatio);
+  const wide = Math.ceil(sharp * Math.min(img.clientWidth, inside));
+  if (wide > (parseInt(img.sizes) || 0)) img.sizes = `${wide}px`;
+}
+
+window.onbeforeprint = () => document.querySelectorAll("#photos img:not([src])").forEach(start);
 
 // --- Links and news ---
 
@@ -182,67 +277,74 @@ function close(row) {
   row.remove();
 }
 
-$("dismiss").onclick = () => {
-  $("refusals").replaceChildren();
-  $("choose").focus();
-};
+$("dismiss").onclick = () => [...$("refusals").children].forEach(close);
 
-// Say it to a person with a phone: without the options of the server, but with its numbers.
-function explain(status, detail, size) {
+// Say it to a person with a phone: without the options of the server.
+function explain(status, problem, size) {
   if (status === 0) return "The server cannot be reached. Are you still in its Wi-Fi?";
   if (status === 408) return "It took too long to arrive. Try again where the Wi-Fi is better.";
   if (status === 503) return "The server has too much to do just now. Try again in a moment.";
   if (status === 413) {
-    const number = Number(detail?.match(/\d+/)?.[0]); // in bytes or in MB
-    const limit = Math.round(number < 2 ** 20 ? number : number / 2 ** 20);
+    const limit = Math.floor(problem?.limit / 2 ** 20); // of bytes; a proxy tells none
     const takes = limit ? `The server takes ${limit} MB at most.` : "The server takes less.";
     return `It has ${Math.ceil(size / 2 ** 20)} MB. ${takes}`;
   }
-  return detail?.replace(/ \((--|[A-Z_]{5})[^)]*\)/g, "") ?? `The server answered ${status}.`;
+  const detail = problem?.detail ?? `The server answered ${status}.`;
+  return detail.replace(/ \((--|[A-Z_]{5})[^)]*\)/g, "");
 }
 
 // --- Post ---
 
-const list = { last: Promise.resolve(), number: 0, length: 0 };
+const queue = { files: [], total: 0, request: null };
+let longestUpload = 60_000; // ms, until the server says its own limit
 
 // Post files one after the other, behind those that are under way.
-function postAll(files) {
-  list.length += files.length;
-  for (const file of files) list.last = list.last.then(() => postNext(file));
+async function postAll(files) {
+  queue.files.push(...files);
+  queue.total += files.length;
+  if (queue.total > files.length) return;
+  while (queue.files.length) await postNext(queue.files.shift());
+  if ($("upload").contains(document.activeElement)) $("choose").focus();
+  $("upload").hidden = true;
+  queue.total = 0;
 }
 
 async function postNext(file) {
   const [words, bar] = $("upload").children;
   const name = file.name || "The photo";
-  list.number++;
-  words.textContent = list.length === 1 ? name : `${list.number} of ${list.length}: ${name}`;
+  const number = queue.total - queue.files.length;
+  words.textContent = queue.total === 1 ? name : `${number} of ${queue.total}: ${name}`;
   bar.ariaLabel = words.textContent;
   bar.removeAttribute("value"); // not known yet
   $("upload").hidden = false;
   const photo = await smaller(file);
   try {
-    await post(photo, (part) => (bar.value = part));
-  } catch ({ status, detail }) {
+    if (queue.total) await post(photo, (part) => (bar.value = part));
+  } catch ({ status, problem }) {
+    if (!queue.total) return; // it was cancelled
     const mayPass = [0, 408, 503].includes(status);
     const again = mayPass ? () => postAll([file]) : null;
-    say(`${name}: ${explain(status, detail, photo.size)}`, again);
+    say(`${name}: ${explain(status, problem, photo.size)}`, again);
   }
-  if (list.number < list.length) return;
-  $("upload").hidden = true;
-  list.number = list.length = 0;
 }
 
-// Throws the status and the detail of a refusal. fetch() would not tell the progress.
+$("cancel").onclick = () => {
+  queue.files.length = queue.total = 0;
+  queue.request?.abort();
+};
+
+// Throws the status and the problem of a refusal. fetch() would not tell the progress.
 function post(file, progress) {
   return new Promise((done, failed) => {
     const form = new FormData();
     form.append("image", file, file.name);
-    const request = new XMLHttpRequest();
+    const request = (queue.request = new XMLHttpRequest());
     request.upload.onprogress = ({ loaded, total }) => progress(loaded / total);
     request.responseType = "json";
+    request.timeout = longestUpload;
     request.onloadend = () => {
       if (request.status === 201) done();
-      else failed({ status: request.status, detail: request.response?.detail });
+      else failed({ status: request.status, problem: request.response });
     };
     request.open("POST", "image");
     request.send(form);
@@ -288,14 +390,16 @@ for (const input of document.querySelectorAll("input[type=file]")) {
     input.value = ""; // so that the same file can be chosen again
   };
 }
-document.onpaste = (event) => postAll([...event.clipboardData.files]);
+document.onpaste = ({ clipboardData: { files } }) => {
+  if (files.length) postAll([...files]);
+  else say("There is no photo in what you pasted. Copy a picture, or its file.");
+};
 document.ondragover = (event) => {
   event.preventDefault();
   document.body.classList.toggle("over", event.dataTransfer.types.includes("Files"));
 };
-document.ondragleave = (event) => {
-  if (event.relatedTarget === null) document.body.classList.remove("over");
-};
+document.ondragleave = (event) =>
+  event.relatedTarget ?? document.body.classList.remove("over");
 document.ondrop = (event) => {
   event.preventDefault();
   document.body.classList.remove("over");
@@ -309,8 +413,7 @@ const boxes = document.querySelector("canvas");
 const camera = {
   stream: null, // while it is on
   starting: false,
-  fresh: false, // whether there is a frame that nobody has looked at
-  waiting: [], // those who wait for such a frame
+  frame: 0, // the number of the newest one that was looked at
   sent: 0, // the number of the newest frame under way
   drawn: 0, // that of the one whose boxes are shown
   times: [], // when the last looks were answered
@@ -320,11 +423,8 @@ const camera = {
 async function startCamera() {
   camera.message?.remove();
   if (!navigator.mediaDevices) {
-    const here = `http://localhost${location.port && `:${location.port}`}`;
-    return stopCamera(
-      "Browsers give the live camera only to pages by https, or on the server's own machine at " +
-        `${here}. Here, post a photo instead.`,
-    );
+    const here = `http://localhost${location.port && `:${location.port}`} on its own machine`;
+    return stopCamera(`The live camera needs https, or ${here}. Here, post a photo instead.`);
   }
   if (camera.starting) return; // not disabled meanwhile, which would lose the focus
   camera.starting = true;
@@ -338,9 +438,9 @@ async function startCamera() {
   } catch (error) {
     const words = {
       AbortError: "", // it was stopped before it started
-      NotAllowedError:
-        "The browser was not allowed to use the camera. Allow it beside the page's address.",
+      NotAllowedError: "The browser was not allowed to use the camera. Allow it at the address.",
       NotFoundError: "There is no camera.",
+      OverconstrainedError: "There is no camera.", // so WebKit says it
       NotReadableError: "Another program has the camera.",
     };
     return stopCamera(words[error.name] ?? `The camera does not start: ${error.message}`);
@@ -354,7 +454,6 @@ async function startCamera() {
   document.querySelector(".view").classList.toggle("mirrored", !onTheBack);
   $("live").firstChild.data = "Stop the camera";
   if (document.hidden) return stopCamera("The camera stopped, as the page was hidden.");
-  watchFrames(camera.stream);
   for (let i = 0; i < LOOKS_AT_ONCE; i++) look(camera.stream);
 }
 
@@ -367,25 +466,16 @@ function stopCamera(why = "") {
   $("rate").textContent = "0";
   $("camera").hidden = true;
   draw([], 1);
-  for (const goOn of camera.waiting.splice(0)) goOn(); // to see that it stopped
   camera.message?.remove();
   camera.message = why ? say(why) : null;
 }
 
-// Hand each new frame to one that waits for it.
-function watchFrames(stream) {
-  if (camera.stream !== stream) return;
-  const goOn = camera.waiting.shift();
-  if (goOn) goOn();
-  else camera.fresh = true;
-  const next = () => watchFrames(stream);
-  if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(next);
-  else requestAnimationFrame(next); // in old browsers, where a frame may come twice
-}
-
+// Wait for a frame that nobody has looked at.
 async function newFrame() {
-  if (!camera.fresh) await new Promise((goOn) => camera.waiting.push(goOn));
-  camera.fresh = false;
+  const next = (seen) => video.requestVideoFrameCallback((now, frame) => seen(frame));
+  const { presentedFrames } = await new Promise(next);
+  if (presentedFrames === camera.frame) return newFrame();
+  camera.frame = presentedFrames;
 }
 
 // Have the server look at frame after frame. Two of these run, each with one request under way.
@@ -395,12 +485,12 @@ async function look(stream) {
     if (camera.stream !== stream) return;
     const number = ++camera.sent;
     const frame = await toJpeg(video, video.videoWidth, video.videoHeight, LOOK_SIDE, 0.8);
-    const request = { method: "POST", body: frame, signal: AbortSignal.timeout(LONGEST_LOOK) };
+    const request = { method: "POST", body: frame, signal: AbortSignal.timeout(LONGEST_WAIT) };
     const response = await fetch("detect", request).catch(() => null);
     const answer = await response?.json().catch(() => null);
     if (camera.stream !== stream) return;
     if (response?.ok) {
-      tellRate();
+      tellRate(performance.now());
       if (number < camera.drawn) continue; // a newer one was faster
       camera.drawn = number;
       draw(answer.faces, video.videoWidth / answer.width);
@@ -410,20 +500,17 @@ async function look(stream) {
       $("seen").textContent = response ? "The server is busy" : "The server is away";
       await pause(1000); // and then it tries again
     } else {
-      const why = explain(response.status, answer?.detail, frame.size);
+      const why = explain(response.status, answer, frame.size);
       return stopCamera(`The camera stopped. ${why}`);
     }
   }
 }
 
 function draw(faces, scale) {
-  if (boxes.width !== video.videoWidth || boxes.height !== video.videoHeight) {
-    boxes.width = video.videoWidth;
-    boxes.height = video.videoHeight;
-  }
+  boxes.width = video.videoWidth; // which clears it
+  boxes.height = video.videoHeight;
   const pen = boxes.getContext("2d");
   const line = Math.max(2, boxes.width / 200);
-  pen.clearRect(0, 0, boxes.width, boxes.height);
   pen.scale(scale, scale);
   for (const black of [true, false]) {
     // A black edge, to stand out from what is green itself.
@@ -431,13 +518,11 @@ function draw(faces, scale) {
     pen.lineWidth = (black ? 2 * line : line) / scale;
     for (const face of faces) pen.strokeRect(face.x, face.y, face.width, face.height);
   }
-  pen.resetTransform();
   boxes.ariaLabel = `Your camera, ${count(faces.length, "face")}`;
 }
 
-function tellRate() {
+function tellRate(now) {
   const { times } = camera;
-  const now = performance.now();
   times.push(now);
   while (times.length > 2 && now - times[0] > 2000) times.shift();
   const seconds = (now - times[0]) / 1000;
@@ -453,26 +538,24 @@ document.onvisibilitychange = () => {
   if (document.hidden && camera.stream) stopCamera("The camera stopped, as the page was hidden.");
 };
 
-// --- Words that depend on where the page is ---
+// --- The room: who is there, and how others come in ---
 
-if (!navigator.mediaDevices) {
-  const hint = document.createElement("small");
-  const touch = matchMedia("(pointer: coarse)").matches;
-  hint.textContent = touch ? "needs https: take a photo instead" : "needs https, or localhost";
-  $("live").append(hint);
+// Tell whether the server is there, and if so, show how many watch and the address for others.
+async function tellRoom() {
+  const room = await ask("health");
+  if (!room) return false;
+  const { clients, join: url } = room;
+  $("more").textContent = `${clients} watching`;
+  longestUpload = 1000 * (room.upload_timeout + 20); // s more, for the answer
+  const alone = /^https?:..(localhost|127\.|\[::1\]|0\.0\.0\.0)/.test(url);
+  $("alone").hidden = !alone;
+  for (const part of document.querySelectorAll(".others")) part.hidden = alone;
+  for (const words of document.querySelectorAll(".url")) words.textContent = url.replace(/\/$/, "");
+  for (const code of document.querySelectorAll(".code")) code.src = `join.png?${url}`;
+  return true;
 }
+
+$("hint").hidden = Boolean(navigator.mediaDevices);
 $("curl").textContent = `curl -F image=@photo.jpg ${new URL("image", location.href)}`;
-if (/^(localhost|127\.[\d.]+|\[::1\])$/.test(location.hostname)) {
-  $("others").textContent =
-    "This page's address is good on this machine alone. Start the server with --host 0.0.0.0 " +
-    "and open the address that it prints; then it stands here for all.";
-} else {
-  const address = (location.origin + location.pathname).replace(/\/$/, "");
-  $("join").textContent = "Join in at";
-  for (const place of [$("others"), $("address")]) {
-    place.append(Object.assign(document.createElement("strong"), { textContent: address }));
-  }
-  $("address").hidden = false;
-}
 
 watch();
