@@ -8,7 +8,6 @@ const LONGEST_WAIT = 10_000; // ms until a question is given up, or a picture pa
 const FIRST_DELAY = 500; // ms until it connects again, and each time twice as long
 const LONGEST_DELAY = 10_000;
 const HEALTH_PAUSE = 15_000; // ms between two questions whether the server is there
-const SMALL_WIDTH = 480; // px of the small pictures that the server makes
 const SHARPEST = 1.4; // px of a picture for each of the page, on the fine screens of phones
 
 const $ = (id) => document.getElementById(id);
@@ -166,7 +165,9 @@ async function toWall(on) {
 
 $("wall").onclick = () => toWall(!document.body.classList.contains("wall"));
 document.onfullscreenchange = () => document.fullscreenElement || toWall(false);
-document.onkeydown = ({ key }) => key === "Escape" && toWall(false);
+document.onkeydown = ({ key }) => {
+  if (key === "Escape") toWall(false);
+};
 
 // --- Pictures: only those near the screen, one at a time, the newest first ---
 
@@ -206,8 +207,7 @@ function start(img) {
   const width = img.getAttribute("width");
   sized.observe(img);
   fit(img);
-  const small = `${href}?width=${SMALL_WIDTH} ${SMALL_WIDTH}w`;
-  if (width > SMALL_WIDTH) img.srcset = `${small}, ${href} ${width}w`;
+  if (width > 480) img.srcset = `${href}?width=480 480w, ${href} ${width}w`; // all there are
   img.src = href;
 }
 
@@ -398,8 +398,7 @@ document.ondragover = (event) => {
   event.preventDefault();
   document.body.classList.toggle("over", event.dataTransfer.types.includes("Files"));
 };
-document.ondragleave = (event) =>
-  event.relatedTarget ?? document.body.classList.remove("over");
+document.ondragleave = (event) => event.relatedTarget ?? document.body.classList.remove("over");
 document.ondrop = (event) => {
   event.preventDefault();
   document.body.classList.remove("over");

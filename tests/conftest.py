@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FIREFOX = shutil.which("firefox-esr") or shutil.which("firefox")
 FLAGS = [
     "--no-sandbox",  # which root cannot use
     "--disable-gpu",
@@ -98,12 +99,24 @@ async def browser(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bro
         yield browser
 
 
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def firefox() -> AsyncIterator[Browser]:
+    """Debian's Firefox, by WebDriver BiDi."""
+    playwright = pytest.importorskip("playwright.async_api", reason=f"needs Playwright: {INSTALL}")
+    if FIREFOX is None:
+        pytest.skip("needs Firefox: apt-get install firefox-esr")
+    async with playwright.async_playwright() as driver:
+        browser = await driver.firefox.launch(channel="moz-firefox", executable_path=FIREFOX)
+        yield browser
+        await browser.close()
+
+
 @pytest_asyncio.fixture(loop_scope="session")
 async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Page]]]:
     """Open a URL in a browser profile of its own. In the end, nothing may have gone wrong."""
     contexts, faults = [], []
 
-    async def visit(url: str, allow: str = "", **options: Any) -> Page:
+    async def visit(url: str, allow: str = "", browser: Browser = browser, **options: Any) -> Page:
         own = urlsplit(url).netloc
 
         def check(request_url: str) -> None:

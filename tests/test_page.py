@@ -47,7 +47,7 @@ async def connected(page: Page) -> Page:
     return page
 
 
-async def content_type(url: str, **headers: str) -> tuple[int, str]:
+async def kind_of(url: str, **headers: str) -> tuple[int, str]:
     async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as response:
         return response.status, response.content_type
 
@@ -79,13 +79,13 @@ async def choose(page: Page, *files: Path) -> None:
 async def test_the_page_is_for_browsers_the_text_for_curl(
     url: str, accept: str, content_type: str
 ) -> None:
-    assert await content_type(url, Accept=accept) == (200, content_type)
+    assert await kind_of(url, Accept=accept) == (200, content_type)
 
 
 async def test_server_py_alone_serves_the_text(tmp_path: Path) -> None:
     program = Path(shutil.copy(ROOT / "server.py", tmp_path))
     with run_server(program=program) as server:
-        assert await content_type(server.url, Accept="text/html") == (200, "text/plain")
+        assert await kind_of(server.url, Accept="text/html") == (200, "text/plain")
 
 
 async def test_no_script_runs_but_that_of_the_page(url: str, browser: Browser) -> None:
@@ -146,7 +146,7 @@ async def test_it_works_below_a_path(visit: Visit) -> None:
         page = await connected(await visit(f"{url}/", permissions=["camera"]))
         await choose(page, ASTRONAUT_FILE)
         picture = page.get_by_role("img", name="astronaut.jpg, 1 face")
-        await expect(picture).to_have_js_property("naturalWidth", 512)
+        await expect(picture).not_to_have_js_property("naturalWidth", 0)
         await page.get_by_role("button", name="Live camera").click()
         await expect(page.locator("#seen")).to_have_text("1 face")
         await page.reload()
@@ -202,7 +202,7 @@ async def test_post_by_pasting(url: str, visit: Visit) -> None:
 
 async def test_post_with_the_camera_of_a_phone(url: str, visit: Visit) -> None:
     page = await connected(await visit(url, **PHONE))
-    await expect(page.get_by_text("Take a photo")).to_be_visible()
+    await expect(page.get_by_text("Take a photo", exact=True)).to_be_visible()
     await expect(page.get_by_label("Take a photo")).to_have_attribute("capture", "environment")
     await page.get_by_label("Take a photo").set_input_files(ASTRONAUT_FILE)
     await expect(page.locator(CARDS)).to_contain_text(["1 face"])
@@ -325,7 +325,7 @@ async def test_refusals_never_push_the_photos_away(
 ) -> None:
     await post_photo(url)
     page = await connected(await visit(url, **device))
-    await expect(page.locator("#photos img")).to_have_js_property("naturalWidth", 512)
+    await expect(page.locator("#photos img")).not_to_have_js_property("naturalWidth", 0)
     before = await page.locator(CARDS).bounding_box()
     files = [tmp_path / f"{number}.txt" for number in range(20)]
     for file in files:
@@ -389,7 +389,7 @@ async def test_another_browser_sees_it(url: str, visit: Visit) -> None:
     await expect(card).to_contain_text(["1 face"])
     await expect(card.locator(".size")).to_contain_text("512\u00a0\u00d7\u00a0512 px, took ")
     picture = card.get_by_role("img", name="astronaut.jpg, 1 face")
-    await expect(picture).to_have_js_property("naturalWidth", 512)
+    await expect(picture).not_to_have_js_property("naturalWidth", 0)
     async with watcher.expect_popup() as full_size:
         await card.get_by_role("link").click()
     assert (await full_size.value).url == (await kept(url))[0]["url"]
@@ -505,7 +505,7 @@ async def test_a_slow_viewer_skips_to_the_newest(url: str, visit: Visit) -> None
     await expect(page.locator(CARDS)).to_have_count(4)
     assert asked == urls[:1]
     released.set()
-    await expect(page.locator("#photos img").nth(2)).to_have_js_property("naturalWidth", 512)
+    await expect(page.locator("#photos img").nth(2)).not_to_have_js_property("naturalWidth", 0)
     assert asked == [urls[0], urls[3], urls[2], urls[1]]
 
 
@@ -539,8 +539,8 @@ async def test_the_page_of_ones_own_in_the_documents(visit: Visit) -> None:
             page = await visit(origin, allow=server.url)
             await expect(page.get_by_role("status")).to_have_text("connected")
             await post_photo(server.url)
-            await expect(page.get_by_role("img", name="1 faces")).to_have_js_property(
-                "naturalWidth", 512
+            await expect(page.get_by_role("img", name="1 faces")).not_to_have_js_property(
+                "naturalWidth", 0
             )
 
 
@@ -742,7 +742,7 @@ async def test_the_newest_photo_and_its_words_are_on_the_first_screen(
     await post_photo(url, jpeg(*size))
     page = await connected(await visit(url.replace("127.0.0.1", "classroom"), **device))
     newest = page.locator(CARDS).first
-    await expect(newest.locator("img")).to_have_js_property("naturalWidth", size[0])
+    await expect(newest.locator("img")).not_to_have_js_property("naturalWidth", 0)
     await expect(newest.locator("img")).to_be_in_viewport(ratio=1)
     for words in await newest.locator(".facts > *").all():
         await expect(words).to_be_in_viewport(ratio=1)
