@@ -1,4 +1,4 @@
-"""The page in a room: how a class joins, the projector, a network that dies; for everyone's eyes."""
+"""The page in a room: how a class joins, the projector, a network that dies."""
 
 from __future__ import annotations
 
