@@ -494,12 +494,12 @@ async def test_a_slow_viewer_skips_to_the_newest(url: str, visit: Visit) -> None
     asked, released = [], asyncio.Event()
 
     async def slow_network(route: Route) -> None:
-        asked.append(route.request.url)
+        asked.append(route.request.url.partition("?")[0])
         await released.wait()
         await route.continue_()
 
-    await page.route("**/image/*", slow_network)
-    async with page.expect_request("**/image/*"):
+    await page.route(re.compile("/image/"), slow_network)
+    async with page.expect_request(re.compile("/image/")):
         urls = [(await post_photo(url, name="0.jpg"))["url"]]
     urls += [(await post_photo(url, name=f"{number}.jpg"))["url"] for number in range(1, 4)]
     await expect(page.locator(CARDS)).to_have_count(4)
