@@ -228,7 +228,7 @@ class Image:
     jpeg: bytes
     found: Json  # its width, height, faces and took_ms
     created: float  # seconds since 1970
-    small: bytes = b""  # a JPEG of SMALL_WIDTH, if the image is wider
+    small: bytes = b""  # a JPEG of SMALL_WIDTH, once somebody has asked for it
 
     def describe(self, base: str) -> Json:
         """Return all but the JPEG, for a client who knows the server by this base URL."""
@@ -242,16 +242,18 @@ class ImageStore:
     def __init__(self, keep: int, keep_mb: int) -> None:
         self.keep, self.keep_mb = keep, keep_mb
         self.images = OrderedDict[str, Image]()  # the least recently used first
-        self.size = 0  # bytes of their JPEGs
 
     async def put(self, image: Image) -> None:
         """Keep an image; others go if there is no room, but never this one."""
         self.images[image.id] = image
-        self.size += len(image.jpeg) + len(image.small)
-        room = self.keep_mb * 2**20
-        while len(self.images) > 1 and (len(self.images) > self.keep or self.size > room):
-            _, dropped = self.images.popitem(last=False)
-            self.size -= len(dropped.jpeg) + len(dropped.small)
+        self.images.move_to_end(image.id)
+        room = self.keep_mb * 2**20  # bytes
+        while len(self.images) > 1 and (len(self.images) > self.keep or self.size() > room):
+            self.images.popitem(last=False)
+
+    def size(self) -> int:
+        """Return the bytes of all JPEGs."""
+        return sum(len(image.jpeg) + len(image.small) for image in self.images.values())
 
     async def get(self, image_id: str) -> Image | None:
         """Return an image, which counts as a use of it."""
@@ -265,7 +267,7 @@ class ImageStore:
 
     async def count(self) -> Json:
         """Return how many images there are, and the bytes of their JPEGs."""
-        return {"images": len(self.images), "bytes": self.size}
+        return {"images": len(self.images), "bytes": self.size()}
 
 
 # --- What the application holds, and whom it tells ---
@@ -337,8 +339,7 @@ async def post_image(request: web.Request) -> web.Response:
 async def make_image(app: web.Application, filename: str | None, photo: bytes) -> Image:
     """Annotate a photo, keep the image, and announce it."""
     jpeg, found = await run_in_thread(app, photo, drawn=True)
-    small = await asyncio.to_thread(shrink, jpeg, found)
-    image = Image(str(uuid.uuid4()), filename, jpeg, found, time.time(), small)
+    image = Image(str(uuid.uuid4()), filename, jpeg, found, time.time())
     await app[IMAGES].put(image)
     await announce(app, image)
     log.info("%r: %d faces in %d ms", filename, len(found["faces"]), found["took_ms"])
@@ -347,6 +348,8 @@ async def make_image(app: web.Application, filename: str | None, photo: bytes) -
 
 async def get_image(request: web.Request) -> web.StreamResponse:
     """GET /image/{id}: the photo with its boxes; by ?width=480, a small one."""
+    if wants_small(request):
+        await make_small(request)
     return await send_image(request)
 
 
@@ -391,6 +394,7 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
     app[IMAGES] = ImageStore(config.keep, config.keep_mb)
     app[ANNOTATE] = make_image
     app[WATCHERS], app[JOBS], app[UPLOADS] = {}, set(), Counter()
+    app[SHRINKING] = asyncio.Lock()
     app.on_response_prepare.append(set_headers)
     app.on_shutdown.append(finish)
 
@@ -721,6 +725,7 @@ def cut_off_if_deaf(watcher: Watcher) -> None:
 # --- The room: how others join, and images that fit its Wi-Fi ---
 ADDRESS = web.AppKey("ADDRESS", str)  # the URL that serve() prints
 SMALL_WIDTH = 480  # pixels, of an image for phones
+SHRINKING = web.AppKey("SHRINKING", asyncio.Lock)
 
 
 def url_for_others(request: web.Request) -> str:
@@ -748,22 +753,33 @@ def draw_in_terminal(code: Pixels) -> str:
     return "".join(f"  \033[97;40m{''.join(line)}\033[0m\n" for line in blocks)
 
 
-def shrink(jpeg: bytes, found: Json) -> bytes:
-    """Return a JPEG of SMALL_WIDTH, or b"" if it is no wider itself."""
-    if found["width"] <= SMALL_WIDTH:
-        return b""
-    height = max(1, round(found["height"] * SMALL_WIDTH / found["width"]))
-    pixels = cv2.resize(decode(jpeg), (SMALL_WIDTH, height), interpolation=cv2.INTER_AREA)
+def wants_small(request: web.Request) -> bool:
+    """Tell whether a request asks for the small JPEG of an image."""
+    return request.query.get("width") == str(SMALL_WIDTH)
+
+
+async def make_small(request: web.Request) -> None:
+    """Make the small JPEG of an image and keep it. One at a time: many ask for the same."""
+    async with request.app[SHRINKING]:
+        image = await find_image(request)
+        if not image.small and image.found["width"] > SMALL_WIDTH:
+            small = await asyncio.to_thread(shrink, image.jpeg)
+            await request.app[IMAGES].put(replace(image, small=small))
+
+
+def shrink(jpeg: bytes) -> bytes:
+    """Return a JPEG of SMALL_WIDTH."""
+    pixels = decode(jpeg)
+    height = max(1, round(pixels.shape[0] * SMALL_WIDTH / pixels.shape[1]))
+    pixels = cv2.resize(pixels, (SMALL_WIDTH, height), interpolation=cv2.INTER_AREA)
     return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
 
 
 def choose_jpeg(request: web.Request, image: Image) -> bytes:
-    """Return the small JPEG of an image if a request asks for it, and if there is one."""
-    is_small = request.query.get("width") == str(SMALL_WIDTH)
-    return image.small if is_small and image.small else image.jpeg
+    """Return the JPEG of an image that a request asks for; it is never enlarged."""
+    return image.small if image.small and wants_small(request) else image.jpeg
 
 
-# --- Answers, and errors in words ---
 PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'"}  # no other site frames it
 
 
