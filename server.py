@@ -907,6 +907,22 @@ def address_for_others(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def listen_on(config: Config) -> list[socket.socket]:
+    """Listen on an address; for 127.0.0.1 also on ::1, since localhost may mean either."""
+    host, port = config.host, config.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listeners = [socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")]
+    if host in ("127.0.0.1", "localhost"):
+        port = listeners[0].getsockname()[1]
+        with suppress(OSError):  # there is no IPv6 here, or the port is taken
+            listeners.append(socket.create_server(("::1", port), family=socket.AF_INET6))
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux cuts off who does not read; milliseconds
+        timeout = min(1000 * config.upload_timeout, 2**31 - 1)  # the most that it takes
+        for each in listeners:
+            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
+    return listeners
+
+
 def serve(app: web.Application) -> None:
     """Listen, say where, and serve until SIGINT or SIGTERM. Raises OSError or RuntimeError."""
     try:
@@ -915,21 +931,12 @@ def serve(app: web.Application) -> None:
         pass  # none runs, as it should be
     else:
         raise RuntimeError("A loop runs already: use aiohttp.web.AppRunner (docs/running.md).")
-    host = app[CONFIG].host
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    address = (host, app[CONFIG].port)
-    listeners = [socket.create_server(address, family=family, dualstack_ipv6=host == "::")]
-    port = listeners[0].getsockname()[1]
-    if host in ("127.0.0.1", "localhost"):
-        with suppress(OSError):  # localhost may also mean ::1, where there is one
-            listeners.append(socket.create_server(("::1", port), family=socket.AF_INET6))
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux cuts off who does not read; milliseconds
-        timeout = 1000 * app[CONFIG].upload_timeout
-        for each in listeners:
-            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
-    app[ADDRESS] = f"http://{address_for_others(host)}:{port}/"
-    usage = USAGE.format(app[ADDRESS].removeprefix("http://").rstrip("/"))
-    if host == "0.0.0.0" and sys.stdout.isatty():
+    config = app[CONFIG]
+    listeners = listen_on(config)
+    address = f"{address_for_others(config.host)}:{listeners[0].getsockname()[1]}"
+    app[ADDRESS] = f"http://{address}/"
+    usage = USAGE.format(address)
+    if config.host == "0.0.0.0" and sys.stdout.isatty():
         usage += "\n" + draw_in_terminal(encode_qr(app[ADDRESS]))
     web.run_app(
         app,
@@ -938,7 +945,7 @@ def serve(app: web.Application) -> None:
         access_log=None,
         auto_decompress=False,  # a small body could become a huge one
         handler_cancellation=True,  # when a client leaves, which else is a traceback in the log
-        keepalive_timeout=app[CONFIG].upload_timeout,
+        keepalive_timeout=config.upload_timeout,
         max_headers=64,  # of up to 8 KiB
         lingering_time=0,  # explain_errors() lingers; here, tiny chunks would hold others up
         read_bufsize=4096,  # bytes of a body that are read ahead, and a sixteenth as many chunks
