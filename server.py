@@ -652,6 +652,7 @@ async def run_job(app: web.Application, work: Coroutine[Any, Any, T]) -> T:
     job = asyncio.create_task(work)
     app[JOBS].add(job)
     job.add_done_callback(app[JOBS].discard)
+    job.add_done_callback(lambda job: job.cancelled() or job.exception())  # maybe nobody else
     try:
         return await asyncio.shield(job)
     finally:

@@ -363,6 +363,16 @@ async def test_clients_that_leave_give_their_place_back() -> None:
             assert (await ask(server, to_post(TINY))).says(201)
 
 
+async def test_a_client_that_leaves_a_damaged_photo_leaves_no_traceback(fresh: Server) -> None:
+    photo = photos.photo_of(3000, 3000)
+    async with connect(fresh) as client:
+        await client.send(to_post(photo[: len(photo) // 2]))
+        await until(fresh, queued=1)
+        client.reset()
+    await until(fresh, queued=0)
+    assert "Traceback" not in fresh.log.read_text()
+
+
 # --- Photos that wait ---
 async def test_each_thread_has_its_own_queue() -> None:
     slow = photos.png(9, 9, photos.zeros(250 * MIB))  # libpng reads them for half a second
