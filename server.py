@@ -764,7 +764,7 @@ async def make_small(request: web.Request) -> None:
     async with request.app[SHRINKING]:
         image = await find_image(request)
         if not image.small and image.found["width"] > SMALL_WIDTH:
-            small = await asyncio.to_thread(shrink, image.jpeg)
+            small = await run_job(request.app, asyncio.to_thread(shrink, image.jpeg))
             await request.app[IMAGES].put(replace(image, small=small))
 
 
