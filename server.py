@@ -39,6 +39,7 @@ import numpy as np
 from aiohttp import WSCloseCode, WSMsgType, web
 from aiohttp.typedefs import Handler
 
+HERE = Path(__file__).resolve().parent  # the folder of this file
 log = logging.getLogger("faces")
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -65,8 +66,8 @@ class Config:
     threads: int = option(os.cpu_count() or 1, "photos to work on at a time", least=1)
     queue: int = option(8, "photos that may wait for each thread")
     max_clients: int = option(500, "watchers at a time")
-    model: str = option("", "YuNet network (.onnx) or cascade (.xml), instead of OpenCV's")
-    min_score: float = option(0.0, "score that a face needs, instead of 9, with YuNet 0.7")
+    model: str = option("", "yunet, or a file: .onnx of YuNet, .xml of a cascade")
+    min_score: float = option(0.0, "score that a face needs, instead of 11, with YuNet 0.7")
 
 
 # --- A photo: bytes in, bytes out ---
@@ -132,27 +133,45 @@ def draw(pixels: Pixels, faces: list[Face]) -> None:
 
 
 # --- The detectors ---
-CASCADE = Path(cv2.__file__).with_name("data") / "haarcascade_frontalface_alt2.xml"
+CASCADES = Path(cv2.__file__).with_name("data")
+CASCADE = CASCADES / "haarcascade_frontalface_alt2.xml"
+SECOND = HERE / "haarcascade_frontalface_default.xml"
+YUNET = HERE / "models" / "face_detection_yunet_2023mar.onnx"
+MAX_MODEL = 50_000_000  # bytes
+CROWD = 12  # small faces, for which the photo is searched again at twice the size
 HAAR_SMALLEST = 33  # pixels, the side of the smallest window that is searched
 HAAR_PART = 38  # or 1/38 of the photo's longer side, if that is more: a large photo costs no more
-HAAR_WINDOWS = 1000  # the most that are grouped, in quadratic time; only textures have more
-HAAR_SCORE = 9  # windows that a face needs in its close views
+HAAR_WINDOWS = 4000  # the most that are grouped, in quadratic time
+HAAR_BOXES = 1000  # the most that are looked at closely: it takes up to 3 ms for each
+HAAR_SCORE = 11  # windows that a face needs in its close views
+HAAR_DOUBTFUL = 9  # windows that are enough if the second cascade agrees,
+HAAR_SECOND = 12  # which means that it finds that many windows
+HAAR_HINT = 3  # windows upright, from which on the head may be tilted
+HAAR_TILT = 16  # degrees either way
 
 
 class HaarDetector(threading.local):
     """Find frontal faces with a Haar cascade (Viola and Jones, 2001); a score counts windows.
 
-    Each thread has a cascade of its own: OpenCV lets no two threads use one at a time.
+    Each thread has cascades of its own: OpenCV lets no two threads use one at a time.
     """
 
-    def __init__(self, file: Path, min_score: float) -> None:
-        self.cascade = load_cascade(file)
+    def __init__(self, cascade: bytes, second: bytes, min_score: float) -> None:
+        self.cascade, self.second = load_cascade(cascade), load_cascade(second)
         self.min_score = min_score or HAAR_SCORE
 
     def __call__(self, pixels: Pixels) -> list[Face]:
-        # Shrink the photo until its smallest windows are as large as those of the cascade.
+        smallest = max(HAAR_SMALLEST, max(pixels.shape) / HAAR_PART)
+        faces = self.search(pixels, smallest)
+        small = [face for face in faces if face.width < 1.5 * smallest]
+        if len(small) >= CROWD:
+            faces = self.search(pixels, smallest / 2)
+        return faces
+
+    def search(self, pixels: Pixels, smallest: float) -> list[Face]:
+        """Find the faces that fill a window of this side, in pixels, or a larger one."""
+        # Shrink the photo until the smallest windows are as large as those of the cascade.
         height, width, _ = pixels.shape
-        smallest = max(HAAR_SMALLEST, max(height, width) / HAAR_PART)
         shrink = smallest / self.cascade.getOriginalWindowSize()[0]
         size = [int(np.ceil(side / shrink)) for side in (width, height)]
         gray = cv2.cvtColor(cv2.resize(pixels, size), cv2.COLOR_BGR2GRAY)
@@ -169,19 +188,38 @@ class HaarDetector(threading.local):
         """Scan in coarse steps, and group the windows whose edges are within 0.4 of a side."""
         windows = [tuple(window) for window in self.cascade.detectMultiScale(gray, 1.4, 0)]
         windows.sort()  # OpenCV's threads find them in any order
-        twice = windows[:HAAR_WINDOWS] * 2  # OpenCV drops a group of one
-        boxes, _ = cv2.groupRectangles(twice, 1, 0.4)
-        return boxes
+        some = windows[:: 1 + len(windows) // HAAR_WINDOWS]  # from all parts of the photo
+        boxes, _ = cv2.groupRectangles(some * 2, 1, 0.4)  # twice: OpenCV drops a group of one
+        return boxes[:: 1 + len(boxes) // HAAR_BOXES]
 
     def look_closely(self, gray: np.ndarray, x: int, y: int, side: int) -> int:
-        """Count the windows around a box and in its mirror image, where a face is one too."""
+        """Return the score of a box: upright, in the eyes of the second cascade, or tilted."""
         middle, around = (x + side / 2, y + side / 2), side * 7 // 5
-        view = cv2.resize(cv2.getRectSubPix(gray, (around, around), middle), (45, 45))
-        views = view, cv2.flip(view, 1)
-        return sum(len(self.cascade.detectMultiScale(each, 1.05, 0)) for each in views)
+        upright = cv2.resize(cv2.getRectSubPix(gray, (around, around), middle), (45, 45))
+        score = count_windows(self.cascade, upright)
+        doubtful = HAAR_DOUBTFUL <= score < HAAR_SCORE
+        if doubtful and count_windows(self.second, upright) >= HAAR_SECOND:
+            return HAAR_SCORE
+
+        for degrees in (-HAAR_TILT, HAAR_TILT):
+            if HAAR_HINT <= score < HAAR_SCORE:
+                turn = cv2.getRotationMatrix2D(middle, degrees, 45 / around)
+                turn[:, 2] += np.subtract(22.5, middle)  # to the middle of the view
+                tilted = cv2.warpAffine(gray, turn, (45, 45), borderMode=cv2.BORDER_REPLICATE)
+                score = max(score, count_windows(self.cascade, tilted))
+        return score
 
 
-YUNET_SIDE = 416  # pixels, the longer side of what the network sees
+def count_windows(cascade: cv2.CascadeClassifier, view: np.ndarray) -> int:
+    """Count the windows in a close view and in its mirror image, where a face is one too."""
+    count = len(cascade.detectMultiScale(view, 1.05, 0))
+    if count:
+        count += len(cascade.detectMultiScale(cv2.flip(view, 1), 1.05, 0))
+    return count
+
+
+YUNET_VIEWS = {416: 0.05, 832: 0.3, 1664: 1.0}  # longer side in pixels: score of a crowd's faces
+YUNET_SMALL = 16  # pixels of a view; of smaller faces it finds not all
 YUNET_SHORTEST = 64  # pixels; with a shorter side it finds boxes of infinite size
 YUNET_SCORE = 0.7  # of 1, that a face needs
 
@@ -189,33 +227,50 @@ YUNET_SCORE = 0.7  # of 1, that a face needs
 class YuNetDetector(threading.local):
     """Find faces with the neural network YuNet (Wu et al., 2023); a score is from 0 to 1."""
 
-    def __init__(self, file: str, min_score: float) -> None:
-        try:
-            self.network = cv2.FaceDetectorYN.create(file, "", (64, 64), min_score or YUNET_SCORE)
-            self(np.zeros((64, 64, 3), np.uint8))  # another network would fail only now
-        except cv2.error:
-            raise ValueError(f"{file} is not a YuNet network") from None
+    def __init__(self, network: bytes, min_score: float) -> None:
+        cv2.setNumThreads(1)  # more would only wait for each other: each photo has a thread
+        self.min_score = min_score or YUNET_SCORE
+        model, least = np.frombuffer(network, np.uint8), min(YUNET_VIEWS.values())
+        self.network = cv2.FaceDetectorYN.create("onnx", model, model[:0], (64, 64), least)
+        self(np.zeros((64, 64, 3), np.uint8))  # another network would fail only now
 
     def __call__(self, pixels: Pixels) -> list[Face]:
         height, width, _ = pixels.shape
-        scale = min(1, YUNET_SIDE / max(width, height))
-        size = [max(YUNET_SHORTEST, round(side * scale)) for side in (width, height)]
-        self.network.setInputSize(size)
-        _, rows = self.network.detect(cv2.resize(pixels, size))
+        for longer, least in YUNET_VIEWS.items():  # the view grows while it shows a crowd
+            scale = min(1, longer / max(width, height))
+            size = [max(YUNET_SHORTEST, round(side * scale)) for side in (width, height)]
+            self.network.setInputSize(size)
+            _, rows = self.network.detect(cv2.resize(pixels, size))
+            rows = [] if rows is None else rows  # x, y, width, height, five landmarks, score
+            small = [row for row in rows if max(row[2:4]) < YUNET_SMALL and row[14] >= least]
+            if len(small) < CROWD or scale == 1:
+                break
 
         faces = []
-        for row in [] if rows is None else rows:  # x, y, width, height, five landmarks, score
-            corners = np.divide([row[:2], row[:2] + row[2:4]], size).clip(0, 1)  # as parts of 1
-            (x, y), (right, bottom) = np.rint(corners * (width, height)).astype(int).tolist()
-            faces.append(Face(x, y, right - x, bottom - y, round(float(row[14]), 3)))
+        for row in rows:
+            if row[14] >= self.min_score:
+                corners = np.divide([row[:2], row[:2] + row[2:4]], size).clip(0, 1)  # as parts of 1
+                (x, y), (right, bottom) = np.rint(corners * (width, height)).astype(int).tolist()
+                faces.append(Face(x, y, right - x, bottom - y, round(float(row[14]), 3)))
         return faces
 
 
 def load_detector(model: str = "", min_score: float = 0) -> Detector:
-    """Load a YuNet network (.onnx) or a cascade, else OpenCV's. Raises OSError or ValueError."""
-    if model.endswith(".onnx"):
-        return YuNetDetector(model, min_score)
-    return HaarDetector(Path(model or CASCADE), min_score)
+    """Load "yunet", an .onnx of it, a cascade, or else OpenCV's. Raises OSError or ValueError."""
+    file = YUNET if model == "yunet" else Path(model or CASCADE)
+    most = 1 if file.suffix == ".onnx" else HAAR_WINDOWS
+    if not 0 <= min_score <= most:
+        raise ValueError(f"--min-score must be from 0 to {most}, not {min_score}")
+    if not 0 < file.stat().st_size <= MAX_MODEL:  # that of a pipe or a device is 0
+        raise ValueError(f"{file} must be a file of up to {MAX_MODEL} bytes")
+    content = file.read_bytes()  # once: each thread can load it, whatever becomes of the file
+    try:
+        if file.suffix == ".onnx":
+            return YuNetDetector(content, min_score)
+        second = SECOND if SECOND.exists() else CASCADES / SECOND.name
+        return HaarDetector(content, second.read_bytes(), min_score)
+    except (SystemError, cv2.error):
+        raise ValueError(f"{file} is neither a cascade nor a YuNet network") from None
 
 
 # --- The images that are kept ---
@@ -316,7 +371,7 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
 
 
 # --- The handlers, in the order in which a user meets them ---
-STATIC = Path(__file__).resolve().parent / "static"  # the page; the server also runs without it
+STATIC = HERE / "static"  # the page; the server also runs without it
 
 
 async def get_home(request: web.Request) -> web.StreamResponse:
@@ -474,17 +529,14 @@ def still_png(png: bytes) -> bytes:
     return bytes(kept)
 
 
-def load_cascade(file: Path) -> cv2.CascadeClassifier:
-    """Load a cascade. Raises OSError or ValueError."""
+def load_cascade(xml: bytes) -> cv2.CascadeClassifier:
+    """Load a cascade. Raises ValueError, SystemError or cv2.error."""
     if not hasattr(cv2, "CascadeClassifier"):
         raise ValueError("OpenCV 5 has no cascades (pip install -r requirements.txt)")
-    cascade = cv2.CascadeClassifier()
-    text = file.read_text("latin-1")  # OpenCV cannot open every path
-    with suppress(SystemError, cv2.error):  # another file leaves the cascade empty
-        storage = cv2.FileStorage(text, cv2.FILE_STORAGE_MEMORY)
-        cascade.read(storage.getFirstTopLevelNode())
-    if cascade.empty():
-        raise ValueError(f"{file} is not a cascade")
+    cascade = cv2.CascadeClassifier()  # from a text, since OpenCV cannot open every path
+    storage = cv2.FileStorage(xml.decode("latin-1"), cv2.FILE_STORAGE_MEMORY)
+    if not cascade.read(storage.getFirstTopLevelNode()):
+        raise cv2.error("not a cascade")
     return cascade
 
 

@@ -3,8 +3,10 @@
 import base64
 import hashlib
 import itertools
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import photos
@@ -170,3 +172,47 @@ async def test_a_photo_for_which_it_finds_no_memory_is_refused_for_now(
     answer = await client.post("/image", data=photos.ASTRONAUT)
     assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
     assert "memory" in (await answer.json())["detail"].lower()
+
+
+def crowd(part: int) -> np.ndarray:
+    """Return a photo of 400 astronauts, each face of that part of the longer side."""
+    x, y, side, _ = FACE
+    tile = 2000 * (side + 60) // side // part  # pixels, with what is around the face
+    head = cv2.resize(ASTRONAUT[y - 30 : y + side + 30, x - 30 : x + side + 30], (tile, tile))
+    photo = np.full((2000, 2000, 3), 160, np.uint8)
+    for top, left in itertools.product(range(0, 2000, 100), repeat=2):
+        photo[top : top + tile, left : left + tile] = head
+    return photo
+
+
+@pytest.mark.parametrize(("name", "part"), [("cascade", 50), ("YuNet", 56), ("YuNet", 72)])
+def test_the_faces_of_a_whole_school_are_found(name: str, part: int) -> None:
+    assert len(DETECTORS[name](crowd(part))) > 360
+
+
+def test_yunet_is_one_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(server.load_detector("yunet"), server.YuNetDetector)
+
+
+@pytest.mark.parametrize("name", ["a.xml", "a.onnx"])
+def test_what_started_works_although_its_model_is_gone(tmp_path: Path, name: str) -> None:
+    """Each thread loads its own, when it is first used."""
+    model = tmp_path / name
+    model.write_bytes(YUNET.read_bytes() if name == "a.onnx" else server.CASCADE.read_bytes())
+    detector = server.load_detector(str(model))
+    model.unlink()
+    with ThreadPoolExecutor(1) as pool:
+        assert len(pool.submit(detector, ASTRONAUT).result(60)) == 1
+
+
+@pytest.mark.parametrize("score", [-1, float("nan"), 9])
+def test_a_score_that_no_face_can_have_is_refused(score: float) -> None:
+    with pytest.raises(ValueError, match="--min-score"):
+        server.load_detector("yunet", score)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such devices")
+def test_a_device_is_no_model() -> None:
+    with pytest.raises(ValueError, match="/dev/zero"):
+        server.load_detector("/dev/zero")
