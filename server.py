@@ -921,6 +921,7 @@ async def finish(app: web.Application) -> None:
     app[THREADS].shutdown(wait=False, cancel_futures=True)  # a photo can take a minute
 
 
+MOST = 1_000_000  # that a number may be: the seconds of a timeout must fit into a C int
 PUBLIC_URL = re.compile(rf"https?://{ANY_HOST.pattern}(/[\w.~%/-]*)?", re.ASCII)
 
 
@@ -928,8 +929,8 @@ def check(config: Config) -> Config:
     """Return the settings, the public URL without blanks. Raises ValueError if one is odd."""
     for each in fields(Config):
         value, least = getattr(config, each.name), each.metadata["least"]
-        if isinstance(value, int) and value < least:
-            raise ValueError(f"--{each.name} must be at least {least}".replace("_", "-"))
+        if isinstance(value, int) and not least <= value <= MOST:
+            raise ValueError(f"--{each.name} must be {least} to {MOST}".replace("_", "-"))
     if not config.host or not config.host.isprintable():  # "" would mean any address
         raise ValueError(f"--host must be a name or an address, not {config.host!r}")
     url = config.public_url.strip()
