@@ -6,7 +6,7 @@
 """A face detection server: post a photo, get it back with a box around each face."""
 # The story comes first: what the server does, up to create_app(). A teacher shows this part.
 # Then, what keeps a hostile client from hurting others: read on there when the story calls it.
-# Last, start and stop: the command line, listening, the goodbye.
+# Last, more detectors, then start and stop: the command line, listening, the goodbye.
 
 import argparse
 import asyncio
@@ -111,14 +111,7 @@ def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[byte
 
 def decode(photo: bytes) -> Pixels:
     """Decode a photo, and turn it upright. Raises what annotate() raises."""
-    photo = make_harmless(photo)
-    try:
-        pixels = cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        if error.code == cv2.Error.StsNoMem:
-            raise
-        limit = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]
-        raise BadPhoto(f"Over {limit} pixels (OPENCV_IO_MAX_IMAGE_PIXELS).") from None
+    pixels = decode_within_limit(make_harmless(photo))
     if pixels is None:
         raise BadPhoto("The photo is damaged or cut short.")
     return pixels
@@ -133,11 +126,6 @@ def draw(pixels: Pixels, faces: list[Face]) -> None:
 
 
 # --- The detectors ---
-CASCADES = Path(cv2.__file__).with_name("data")
-CASCADE = CASCADES / "haarcascade_frontalface_alt2.xml"
-SECOND = HERE / "haarcascade_frontalface_default.xml"
-YUNET = HERE / "models" / "face_detection_yunet_2023mar.onnx"
-MAX_MODEL = 50_000_000  # bytes
 CROWD = 12  # small faces, for which the photo is searched again at twice the size
 HAAR_SMALLEST = 33  # pixels, the side of the smallest window that is searched
 HAAR_PART = 38  # or 1/38 of the photo's longer side, if that is more: a large photo costs no more
@@ -216,61 +204,6 @@ def count_windows(cascade: cv2.CascadeClassifier, view: np.ndarray) -> int:
     if count:
         count += len(cascade.detectMultiScale(cv2.flip(view, 1), 1.05, 0))
     return count
-
-
-YUNET_VIEWS = {416: 0.05, 832: 0.3, 1664: 1.0}  # longer side in pixels: score of a crowd's faces
-YUNET_SMALL = 16  # pixels of a view; of smaller faces it finds not all
-YUNET_SHORTEST = 64  # pixels; with a shorter side it finds boxes of infinite size
-YUNET_SCORE = 0.7  # of 1, that a face needs
-
-
-class YuNetDetector(threading.local):
-    """Find faces with the neural network YuNet (Wu et al., 2023); a score is from 0 to 1."""
-
-    def __init__(self, network: bytes, min_score: float) -> None:
-        cv2.setNumThreads(1)  # more would only wait for each other: each photo has a thread
-        self.min_score = min_score or YUNET_SCORE
-        model, least = np.frombuffer(network, np.uint8), min(YUNET_VIEWS.values())
-        self.network = cv2.FaceDetectorYN.create("onnx", model, model[:0], (64, 64), least)
-        self(np.zeros((64, 64, 3), np.uint8))  # another network would fail only now
-
-    def __call__(self, pixels: Pixels) -> list[Face]:
-        height, width, _ = pixels.shape
-        for longer, least in YUNET_VIEWS.items():  # the view grows while it shows a crowd
-            scale = min(1, longer / max(width, height))
-            size = [max(YUNET_SHORTEST, round(side * scale)) for side in (width, height)]
-            self.network.setInputSize(size)
-            _, rows = self.network.detect(cv2.resize(pixels, size))
-            rows = [] if rows is None else rows  # x, y, width, height, five landmarks, score
-            small = [row for row in rows if max(row[2:4]) < YUNET_SMALL and row[14] >= least]
-            if len(small) < CROWD or scale == 1:
-                break
-
-        faces = []
-        for row in rows:
-            if row[14] >= self.min_score:
-                corners = np.divide([row[:2], row[:2] + row[2:4]], size).clip(0, 1)  # as parts of 1
-                (x, y), (right, bottom) = np.rint(corners * (width, height)).astype(int).tolist()
-                faces.append(Face(x, y, right - x, bottom - y, round(float(row[14]), 3)))
-        return faces
-
-
-def load_detector(model: str = "", min_score: float = 0) -> Detector:
-    """Load "yunet", an .onnx of it, a cascade, or else OpenCV's. Raises OSError or ValueError."""
-    file = YUNET if model == "yunet" else Path(model or CASCADE)
-    most = 1 if file.suffix == ".onnx" else HAAR_WINDOWS
-    if not 0 <= min_score <= most:
-        raise ValueError(f"--min-score must be from 0 to {most}, not {min_score}")
-    if not 0 < file.stat().st_size <= MAX_MODEL:  # that of a pipe or a device is 0
-        raise ValueError(f"{file} must be a file of up to {MAX_MODEL} bytes")
-    content = file.read_bytes()  # once: each thread can load it, whatever becomes of the file
-    try:
-        if file.suffix == ".onnx":
-            return YuNetDetector(content, min_score)
-        second = SECOND if SECOND.exists() else CASCADES / SECOND.name
-        return HaarDetector(content, second.read_bytes(), min_score)
-    except (SystemError, cv2.error):
-        raise ValueError(f"{file} is neither a cascade nor a YuNet network") from None
 
 
 # --- The images that are kept ---
@@ -403,8 +336,6 @@ async def make_image(app: web.Application, filename: str | None, photo: bytes) -
 
 async def get_image(request: web.Request) -> web.StreamResponse:
     """GET /image/{id}: the photo with its boxes; by ?width=480, a small one."""
-    if wants_small(request):
-        await make_small(request)
     return await send_image(request)
 
 
@@ -416,12 +347,7 @@ async def get_meta(request: web.Request) -> web.Response:
 
 async def get_images(request: web.Request) -> web.Response:
     """GET /image: a line of JSON for each image, the newest first."""
-    base, lines = base_url(request), []
-    for image in await request.app[IMAGES].newest():
-        description = image.describe(base)
-        faces = description.pop("faces")  # a hundred crowds would be megabytes
-        lines.append(json.dumps(description | {"face_count": len(faces)}))
-        await asyncio.sleep(0)  # others come in between
+    lines = await list_in_turns(await request.app[IMAGES].newest(), base_url(request))
     return web.json_response(text="[\n" + ",\n".join(lines) + "\n]\n")
 
 
@@ -464,9 +390,7 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
     app.router.add_get("/health", get_health)
     app.router.add_get("/join.png", get_join)
     if STATIC.is_dir():
-        app.router.add_get("/docs", get_docs)
-        app.router.add_get("/openapi.json", get_openapi)
-        app.router.add_static("/static", STATIC)
+        add_files(app)
     return app
 
 
@@ -511,6 +435,17 @@ def make_harmless(photo: bytes) -> bytes:
     return photo
 
 
+def decode_within_limit(photo: bytes) -> Pixels | None:
+    """Decode a photo; None if it is damaged. Raises BadPhoto if it has too many pixels."""
+    try:
+        return cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise
+        limit = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]
+        raise BadPhoto(f"Over {limit} pixels (OPENCV_IO_MAX_IMAGE_PIXELS).") from None
+
+
 def plain_exif(webp: bytes) -> bytes:
     """Move the mark that some programs put before EXIF behind it: OpenCV would not turn it."""
     before, mark, exif = webp.partition(b"Exif\0\0")
@@ -527,17 +462,6 @@ def still_png(png: bytes) -> bytes:
             kept += png[at:end]
         at = end
     return bytes(kept)
-
-
-def load_cascade(xml: bytes) -> cv2.CascadeClassifier:
-    """Load a cascade. Raises ValueError, SystemError or cv2.error."""
-    if not hasattr(cv2, "CascadeClassifier"):
-        raise ValueError("OpenCV 5 has no cascades (pip install -r requirements.txt)")
-    cascade = cv2.CascadeClassifier()  # from a text, since OpenCV cannot open every path
-    storage = cv2.FileStorage(xml.decode("latin-1"), cv2.FILE_STORAGE_MEMORY)
-    if not cascade.read(storage.getFirstTopLevelNode()):
-        raise cv2.error("not a cascade")
-    return cascade
 
 
 # --- Uploads and forms ---
@@ -719,8 +643,21 @@ async def run_in_thread(app: web.Application, photo: bytes, drawn: bool) -> tupl
     return jpeg, found
 
 
+async def list_in_turns(images: list[Image], base: str) -> list[str]:
+    """Return a line of JSON for each image; others come in between."""
+    lines = []
+    for image in images:
+        description = image.describe(base)
+        faces = description.pop("faces")  # a hundred crowds would be megabytes
+        lines.append(json.dumps(description | {"face_count": len(faces)}))
+        await asyncio.sleep(0)
+    return lines
+
+
 async def send_image(request: web.Request) -> web.StreamResponse:
     """Send an image in pieces. Each is looked up: a slow client holds no image that was dropped."""
+    if wants_small(request):
+        await make_small(request)
     response = web.StreamResponse(headers=IMAGE_HEADERS)
     size = response.content_length = len(choose_jpeg(request, await find_image(request)))
     await response.prepare(request)
@@ -841,6 +778,13 @@ def reply(data: Json, **options: Any) -> web.Response:
     return web.json_response(text=json.dumps(data, indent=2) + "\n", **options)
 
 
+def add_files(app: web.Application) -> None:
+    """Add the files of STATIC to an application: the page, and the API for people and programs."""
+    app.router.add_static("/static", STATIC)
+    app.router.add_get("/docs", get_docs)
+    app.router.add_get("/openapi.json", get_openapi)
+
+
 async def get_docs(request: web.Request) -> web.FileResponse:
     """GET /docs: the API, for people."""
     return web.FileResponse(STATIC / "docs.html", headers=PAGE_HEADERS)
@@ -901,6 +845,78 @@ def explain(request: web.Request, error: web.HTTPError) -> web.Response:
     kind = "application/problem+json"
     del error.headers["Content-Type"]
     return reply(problem, status=status, headers=error.headers, content_type=kind)
+
+
+# ======== More detectors: YuNet, and what a file brings ========
+CASCADES = Path(cv2.__file__).with_name("data")
+CASCADE = CASCADES / "haarcascade_frontalface_alt2.xml"
+SECOND = HERE / "haarcascade_frontalface_default.xml"
+YUNET = HERE / "models" / "face_detection_yunet_2023mar.onnx"
+MAX_MODEL = 50_000_000  # bytes
+YUNET_VIEWS = {416: 0.05, 832: 0.3, 1664: 1.0}  # longer side in pixels: score of a crowd's faces
+YUNET_SMALL = 16  # pixels of a view; of smaller faces it finds not all
+YUNET_SHORTEST = 64  # pixels; with a shorter side it finds boxes of infinite size
+YUNET_SCORE = 0.7  # of 1, that a face needs
+
+
+class YuNetDetector(threading.local):
+    """Find faces with the neural network YuNet (Wu et al., 2023); a score is from 0 to 1."""
+
+    def __init__(self, network: bytes, min_score: float) -> None:
+        cv2.setNumThreads(1)  # more would only wait for each other: each photo has a thread
+        self.min_score = min_score or YUNET_SCORE
+        model, least = np.frombuffer(network, np.uint8), min(YUNET_VIEWS.values())
+        self.network = cv2.FaceDetectorYN.create("onnx", model, model[:0], (64, 64), least)
+        self(np.zeros((64, 64, 3), np.uint8))  # another network would fail only now
+
+    def __call__(self, pixels: Pixels) -> list[Face]:
+        height, width, _ = pixels.shape
+        for longer, least in YUNET_VIEWS.items():  # the view grows while it shows a crowd
+            scale = min(1, longer / max(width, height))
+            size = [max(YUNET_SHORTEST, round(side * scale)) for side in (width, height)]
+            self.network.setInputSize(size)
+            _, rows = self.network.detect(cv2.resize(pixels, size))
+            rows = [] if rows is None else rows  # x, y, width, height, five landmarks, score
+            small = [row for row in rows if max(row[2:4]) < YUNET_SMALL and row[14] >= least]
+            if len(small) < CROWD or scale == 1:
+                break
+
+        faces = []
+        for row in rows:
+            if row[14] >= self.min_score:
+                corners = np.divide([row[:2], row[:2] + row[2:4]], size).clip(0, 1)  # as parts of 1
+                (x, y), (right, bottom) = np.rint(corners * (width, height)).astype(int).tolist()
+                faces.append(Face(x, y, right - x, bottom - y, round(float(row[14]), 3)))
+        return faces
+
+
+def load_detector(model: str = "", min_score: float = 0) -> Detector:
+    """Load "yunet", an .onnx of it, a cascade, or else OpenCV's. Raises OSError or ValueError."""
+    file = YUNET if model == "yunet" else Path(model or CASCADE)
+    most = 1 if file.suffix == ".onnx" else HAAR_WINDOWS
+    if not 0 <= min_score <= most:
+        raise ValueError(f"--min-score must be from 0 to {most}, not {min_score}")
+    if not 0 < file.stat().st_size <= MAX_MODEL:  # that of a pipe or a device is 0
+        raise ValueError(f"{file} must be a file of up to {MAX_MODEL} bytes")
+    content = file.read_bytes()  # once: each thread can load it, whatever becomes of the file
+    try:
+        if file.suffix == ".onnx":
+            return YuNetDetector(content, min_score)
+        second = SECOND if SECOND.exists() else CASCADES / SECOND.name
+        return HaarDetector(content, second.read_bytes(), min_score)
+    except (SystemError, cv2.error):
+        raise ValueError(f"{file} is neither a cascade nor a YuNet network") from None
+
+
+def load_cascade(xml: bytes) -> cv2.CascadeClassifier:
+    """Load a cascade. Raises ValueError, SystemError or cv2.error."""
+    if not hasattr(cv2, "CascadeClassifier"):
+        raise ValueError("OpenCV 5 has no cascades (pip install -r requirements.txt)")
+    cascade = cv2.CascadeClassifier()  # from a text, since OpenCV cannot open every path
+    storage = cv2.FileStorage(xml.decode("latin-1"), cv2.FILE_STORAGE_MEMORY)
+    if not cascade.read(storage.getFirstTopLevelNode()):
+        raise cv2.error("not a cascade")
+    return cascade
 
 
 # ======== Start and stop ========
