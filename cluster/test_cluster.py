@@ -25,8 +25,8 @@ pytest.importorskip("celery", reason="Celery is missing: pip install -r cluster/
 if not shutil.which("redis-server"):
     pytest.skip("redis-server is missing: apt-get install redis-server", allow_module_level=True)
 
-import jobs
 import redis as redis_client
+import worker as jobs
 
 CLUSTER = Path(__file__).parent
 ASTRONAUT = (CLUSTER.parent / "samples/astronaut.jpg").read_bytes()
@@ -173,7 +173,7 @@ class Cluster:
     def connections(self) -> set[str]:
         """Return those of the processes of all workers."""
         clients = self.redis.client.client_list()
-        return {client["id"] for client in clients if client["name"] == jobs.WORKER}
+        return {client["id"] for client in clients if client["name"] == jobs.NAME}
 
     async def begun(self, width: int) -> int:
         """Wait until the odd detector works on a photo of this width; return the process."""
@@ -291,7 +291,7 @@ async def test_watch_at_one_process_post_at_another_fetch_at_a_third(
 
 SERVER_TESTS = """
 import concurrent.futures, sys
-import jobs, pytest, server, web, worker
+import pytest, server, web, worker
 
 url, *options = sys.argv[1:]
 worker.app.conf.broker_url = url
@@ -303,7 +303,7 @@ def create_app(config=server.Config(), detector=None):
     worker.connection.flushdb()
     worker.detector = detector = detector or server.load_detector()
     threads = concurrent.futures.ThreadPoolExecutor(config.threads)
-    jobs.send = lambda photo_id: threads.submit(worker.annotate, photo_id)
+    web.send = lambda photo_id: threads.submit(worker.annotate, photo_id)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "create_app", create_alone)
         app = web.create_app(config, url, keep_seconds=60)

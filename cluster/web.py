@@ -13,9 +13,10 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
-import jobs  # isort: skip (it finds server.py)
+import worker  # isort: skip (it finds server.py)
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from kombu.exceptions import OperationalError
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
@@ -25,8 +26,9 @@ from server import BadPhoto, Config, Image
 LONGEST_WAIT = 70  # seconds for a photo; nginx waits for 75
 BAD = {"BadPhoto": BadPhoto, "WrongFormat": server.WrongFormat}
 CLUSTER: web.AppKey["Cluster"] = web.AppKey("CLUSTER")
-Outcome = Image | BadPhoto | None
-News = asyncio.Future[Outcome]  # its None means: look again
+Outcome = Image | BadPhoto | None  # of a photo; None means: look again
+News = asyncio.Future[Outcome]
+log = logging.getLogger("faces.cluster")
 
 
 class Cluster(server.ImageStore):
@@ -35,7 +37,7 @@ class Cluster(server.ImageStore):
     def __init__(self, config: Config, redis_url: str, keep_seconds: int) -> None:
         super().__init__(config.keep, config.keep_mb)
         # With a pool of one's own, nothing is tried again: Redis may have done it.
-        pool = BlockingConnectionPool.from_url(redis_url, **jobs.CONNECTION)
+        pool = BlockingConnectionPool.from_url(redis_url, **worker.CONNECTION)
         self.redis, self.database = Redis.from_pool(pool), pool.connection_kwargs.get("db", 0)
         self.keep_seconds, self.queue = keep_seconds, config.queue
         self.threads = 0  # of all workers
@@ -45,13 +47,13 @@ class Cluster(server.ImageStore):
 
     async def get(self, image_id: str) -> Image | None:
         """Return an image as soon as it is done. Raises BadPhoto, TimeoutError or RedisError."""
-        image, key = await super().get(image_id), jobs.IMAGE + image_id
+        image, key = await super().get(image_id), worker.IMAGE + image_id
         if image:
             (uses,) = await asyncio.gather(self.redis.touch(key), return_exceptions=True)
             if uses != 0:  # if it is an error, the copy serves; else Redis has dropped the image
                 return image
         news = self.news[image_id]  # from here on, none is missed
-        lookup = self.redis.pipeline().hmget(key, "json", "jpeg").zscore(jobs.JOBS, image_id)
+        lookup = self.redis.pipeline().hmget(key, "json", "jpeg").zscore(worker.JOBS, image_id)
         (line, jpeg), overdue = await lookup.execute()
         if overdue is not None and not line:
             await asyncio.wait_for(asyncio.shield(news), LONGEST_WAIT)
@@ -66,12 +68,12 @@ class Cluster(server.ImageStore):
 
     async def newest(self) -> list[Image]:
         """Return the newest images, without their JPEGs."""
-        lines = await jobs.run(self.redis, "newest", jobs.IMAGES, jobs.IMAGE)
+        lines = await worker.run(self.redis, "newest")
         return [image for _, image in map(read, lines) if isinstance(image, Image)]
 
     async def count(self) -> server.Json:
         """Return how many images Redis has, its memory, and all photos in work, for /health."""
-        held, queued = await self.redis.info(), await self.redis.zcard(jobs.JOBS)
+        held, queued = await self.redis.info(), await self.redis.zcard(worker.JOBS)
         if not self.has_news:
             raise RedisError("There are no news.")
         keys = held.get(f"db{self.database}", {"expires": 0})
@@ -79,17 +81,14 @@ class Cluster(server.ImageStore):
 
     async def accept(self, filename: str | None, photo: bytes) -> tuple[str, News]:
         """Keep a photo in Redis, from where it cannot get lost, and send it to a worker."""
-        photo_id, now = str(uuid.uuid4()), time.time() + self.ahead
-        posted = {"filename": filename, "at": now, "keep_seconds": self.keep_seconds}
+        photo_id, name, now = str(uuid.uuid4()), json.dumps(filename), time.time() + self.ahead
         most_jobs = max(1, self.threads) * (1 + self.queue)
-        limits = len(photo), now, most_jobs, jobs.OVERDUE
-        steps, key = self.redis.pipeline(), jobs.PHOTO + photo_id
-        steps.hset(key, mapping={"json": json.dumps(posted), "photo": photo})
-        _, refusal = await jobs.run(steps, "accept", photo_id, key, *limits).execute()
+        posted = photo, name, self.keep_seconds, now, most_jobs, worker.OVERDUE
+        refusal = await worker.run(self.redis, "accept", photo_id, *posted)
         if refusal:
             raise web.HTTPServiceUnavailable(text=refusal.decode())
         news = self.news[photo_id]  # before there can be any
-        await asyncio.to_thread(jobs.send, photo_id)
+        await asyncio.to_thread(send, photo_id)
         return photo_id, news
 
     def tell(self, photo_id: str, outcome: Outcome) -> None:
@@ -108,8 +107,16 @@ def read(line: bytes, jpeg: bytes = b"") -> tuple[str, Outcome]:
         known["faces"] = list(known["faces"])
         return photo_id, Image(photo_id, filename, jpeg, known, created=0)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        jobs.log.warning("Skipped what a stranger wrote to Redis: %.99r: %r", line, error)
+        log.warning("Skipped what a stranger wrote to Redis: %.99r: %r", line, error)
         return "", None
+
+
+def send(photo_id: str) -> None:
+    """Send a photo to the workers; if that fails, it is sent again once it is overdue."""
+    try:
+        worker.annotate.apply_async([photo_id], retry=False)
+    except OperationalError as error:
+        log.warning("%s is sent later: %s", photo_id, error)
 
 
 async def annotate(app: web.Application, filename: str | None, photo: bytes) -> Image:
@@ -122,8 +129,7 @@ async def annotate(app: web.Application, filename: str | None, photo: bytes) -> 
         raise web.HTTPServiceUnavailable(text="Redis has lost the photo; post it again.")
     if isinstance(image, BadPhoto):
         raise image
-    found = image.found
-    jobs.log.info("%r: %d faces in %d ms", filename, len(found["faces"]), found["took_ms"])
+    log.info("%r: %d faces in %d ms", filename, len(image.found["faces"]), image.found["took_ms"])
     return image
 
 
@@ -143,7 +149,7 @@ async def use_redis(request: web.Request, handler: Handler) -> web.StreamRespons
     except OutOfMemoryError:
         text = "Redis is full (--maxmemory)."
     except RedisError as error:
-        jobs.log.warning("Redis is away: %r", error)
+        log.warning("Redis is away: %r", error)
         text = "Redis is away (--redis-url)."
     raise web.HTTPServiceUnavailable(text=text)
 
@@ -155,7 +161,7 @@ async def read_news(app: web.Application) -> None:
         try:
             if not last:
                 now, _ = await cluster.redis.time()
-                last = dict.fromkeys([jobs.IMAGES, jobs.ERRORS], f"{now}000-0")
+                last = dict.fromkeys([worker.IMAGES, worker.ERRORS], f"{now}000-0")
             milliseconds = 1000 if cluster.has_news else None
             for stream, entries in await cluster.redis.xread(last, count=100, block=milliseconds):
                 for entry_id, entry in entries:
@@ -169,7 +175,7 @@ async def read_news(app: web.Application) -> None:
                     cluster.tell(photo_id, None)
             cluster.has_news = True
         except RedisError as error:
-            jobs.log.warning("There are no news from Redis: %r", error)
+            log.warning("There are no news from Redis: %r", error)
             cluster.has_news = False
             await asyncio.sleep(0.5)
 
@@ -177,25 +183,26 @@ async def read_news(app: web.Application) -> None:
 async def look_after_jobs(app: web.Application) -> None:
     """Each second, count the processes of all workers, and send again what is overdue."""
     cluster, redis = app[CLUSTER], app[CLUSTER].redis
-    worker = {"name": jobs.WORKER, "db": str(cluster.database)}
+    process = {"name": worker.NAME, "db": str(cluster.database)}
     while True:
         with suppress(RedisError):  # read_news() says so
             seconds, microseconds = await redis.time()
             cluster.ahead = seconds + microseconds / 1e6 - time.time()
             clients = await redis.client_list()
-            cluster.threads = sum(worker.items() <= client.items() for client in clients)
-            for photo_id in await jobs.run(redis, "overdue", jobs.OVERDUE):
-                await asyncio.to_thread(jobs.send, photo_id.decode())
+            cluster.threads = sum(process.items() <= client.items() for client in clients)
+            for photo_id in await worker.run(redis, "overdue", "", worker.OVERDUE):
+                await asyncio.to_thread(send, photo_id.decode())
         await asyncio.sleep(1)
 
 
 async def run_background(app: web.Application) -> AsyncIterator[None]:
     """Do both before the first request, and until after the last."""
-    tasks = [asyncio.create_task(each(app)) for each in (read_news, look_after_jobs)]
+    tasks = {asyncio.create_task(each(app)) for each in (read_news, look_after_jobs)}
     yield
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
+    while tasks:  # redis-py may miss that it is cancelled
+        for task in tasks:
+            task.cancel()
+        _, tasks = await asyncio.wait(tasks, timeout=0.1)
     await app[CLUSTER].redis.aclose()
 
 
@@ -207,7 +214,7 @@ async def answer_waiting(app: web.Application) -> None:
 
 def create_app(config: Config, redis_url: str, keep_seconds: int) -> web.Application:
     """Return a web process as an application. Raises OSError or ValueError for bad settings."""
-    app, jobs.app.conf.broker_url = server.create_app(config), redis_url
+    app, worker.app.conf.broker_url = server.create_app(config), redis_url
     app[CLUSTER] = app[server.IMAGES] = Cluster(config, redis_url, keep_seconds)
     app[server.ANNOTATE] = annotate
     app.middlewares.append(use_redis)
@@ -219,7 +226,7 @@ def create_app(config: Config, redis_url: str, keep_seconds: int) -> web.Applica
 def main() -> None:
     """Run a web process with the options of the command line."""
     parser = server.make_parser()
-    parser.add_argument("--redis-url", default=jobs.app.conf.broker_url, help="Redis")
+    parser.add_argument("--redis-url", default=worker.app.conf.broker_url, help="Redis")
     parser.add_argument("--keep-seconds", type=int, default=3600, help="for which Redis has images")
     options = vars(parser.parse_args())
     redis_options = options.pop("redis_url"), options.pop("keep_seconds")

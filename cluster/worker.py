@@ -7,19 +7,49 @@ import os
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-import jobs  # isort: skip (it finds server.py)
 import redis
+from celery import Celery
 from celery.signals import worker_init, worker_process_init
-from jobs import app  # for `celery -A worker worker`
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import server
 
+JOBS, QUEUE = "faces:jobs", "faces:queue"  # photos in work, by when they are overdue; their ids
+PHOTO, IMAGE = "faces:photo:", "faces:image:"  # and an id: hashes of JSON, and photo or JPEG
+IMAGES, ERRORS = "faces:images", "faces:errors"  # streams: the news of photos, as JSON
+KEYS = [JOBS, "faces:starts", "faces:bytes", QUEUE, IMAGES, ERRORS]  # of the scripts
+SCRIPTS = {each.stem: each.read_text() for each in Path(__file__).parent.glob("lua/*.lua")}
+
+OVERDUE = 20  # seconds; then a photo is sent again, and whatever still works on it is ended
 MOST_STARTS = 3  # of the work on a photo
-ERROR_SECONDS = 60  # to keep what is wrong with a photo
+TIMEOUTS = {"socket_timeout": 3, "socket_connect_timeout": 3}  # seconds for an answer of Redis
+CONNECTION = {**TIMEOUTS, "protocol": 2}  # with 3, redis-py 8.1 reuses connections that are closed
+NAME = "faces-worker"  # of the connection of each process that annotates
+
 detector: server.Detector | None = None
 connection: redis.Redis
+app = Celery("faces", broker="redis://localhost:6379/0")
+app.conf.update(
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,  # Redis may be away for days
+    broker_transport_options={**TIMEOUTS, "ack_emulation": False},  # Redis has the photos anyway
+    task_default_queue=QUEUE,
+    task_ignore_result=True,  # it is in Redis
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,  # if a process of a worker is killed, another one begins anew
+    task_time_limit=OVERDUE,
+    worker_prefetch_multiplier=1,  # what waits is there for all workers
+)
+
+
+def run(client: Any, script: str, photo_id: str = "", *values: Any) -> Any:
+    """Run a script in Redis, which does all of it in one step; await this in asyncio."""
+    keys = *KEYS, PHOTO + photo_id, IMAGE + photo_id
+    return client.eval(SCRIPTS[script], len(keys), *keys, photo_id, *values)
 
 
 @worker_init.connect
@@ -27,10 +57,10 @@ def prepare(**_: Any) -> None:
     """Load the detector for all processes of this worker; or end it, in words."""
     global connection, detector
     model, min_score = os.environ.get("FACES_MODEL", ""), os.environ.get("FACES_MIN_SCORE", "0")
-    url, name = app.conf.broker_url, jobs.WORKER
     server.cv2.setNumThreads(1)  # a process has no copy of the threads of another
     try:
-        connection = redis.Redis.from_url(url, client_name=name, **jobs.CONNECTION)
+        url = app.conf.broker_url
+        connection = redis.Redis.from_url(url, client_name=NAME, **CONNECTION)
         detector = detector or server.load_detector(model, float(min_score))
     except (OSError, ValueError) as error:
         sys.exit(f"It cannot start (--model, --min-score, --redis-url): {error}")
@@ -43,29 +73,22 @@ def connect(**_: Any) -> None:
         connection.ping()
 
 
-@app.task(name=jobs.ANNOTATE, autoretry_for=[Exception], default_retry_delay=1)
+@app.task(name="faces.annotate", autoretry_for=[Exception], default_retry_delay=1)
 def annotate(photo_id: str) -> None:
     """Annotate a photo, and keep and publish what comes of it; do nothing if it is done."""
-    begin, key = time.monotonic(), jobs.PHOTO + photo_id
-    steps = connection.pipeline().hmget(key, "json", "photo")
-    (line, photo), (count, now) = jobs.run(steps, "start", photo_id, jobs.OVERDUE).execute()
+    begin = time.monotonic()
+    count, waited, filename, photo = run(connection, "start", photo_id, OVERDUE)
     if not count:
         return
     try:
         if count > MOST_STARTS:
             raise server.BadPhoto(f"{MOST_STARTS} times its process failed; it is given up.")
-        posted = json.loads(line)
         jpeg, known = server.annotate(photo, detector)
-        seconds = float(now) - posted["at"] + time.monotonic() - begin
-        known |= {"filename": posted["filename"], "took_ms": round(seconds * 1000)}
-        stream, keep = jobs.IMAGES, posted["keep_seconds"]
+        took_ms = round((float(waited) + time.monotonic() - begin) * 1000)
+        known |= {"filename": json.loads(filename), "took_ms": took_ms}
     except server.BadPhoto as error:
         jpeg, known = b"", {"error": type(error).__name__, "text": str(error)}
-        stream, keep = jobs.ERRORS, ERROR_SECONDS
-    news = json.dumps({"id": photo_id} | known)
-    steps = connection.pipeline().hset(jobs.IMAGE + photo_id, mapping={"json": news, "jpeg": jpeg})
-    steps.expire(jobs.IMAGE + photo_id, keep)
-    jobs.run(steps, "finish", photo_id, key, stream, news).execute()
+    run(connection, "finish", photo_id, json.dumps({"id": photo_id} | known), jpeg)
 
 
 def main() -> None:

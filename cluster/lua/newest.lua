@@ -1,5 +1,5 @@
 -- Return the JSON of the newest 100 images, without those that Redis has dropped.
-local stream, prefix = unpack(ARGV)
+local jobs, starts, bytes, queue, stream, errors, photo_key, prefix = unpack(KEYS)
 local found = {}
 for _, entry in ipairs(redis.call('XREVRANGE', stream, '+', '-', 'COUNT', 100)) do
   local json = entry[2][2]
