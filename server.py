@@ -669,7 +669,7 @@ async def send_image(request: web.Request) -> web.StreamResponse:
             piece = choose_jpeg(request, await find_image(request))[at : at + PIECE]
             async with asyncio.timeout(request.app[CONFIG].upload_timeout):
                 await response.write(piece)
-    except (ConnectionError, TimeoutError, web.HTTPNotFound):
+    except Exception:  # or an error page would be written into the image
         request.transport.abort()
     return response
 

@@ -26,7 +26,7 @@ if not shutil.which("redis-server"):
     pytest.skip("redis-server is missing: apt-get install redis-server", allow_module_level=True)
 
 import redis as redis_client
-import worker as jobs
+import worker
 
 CLUSTER = Path(__file__).parent
 ASTRONAUT = (CLUSTER.parent / "samples/astronaut.jpg").read_bytes()
@@ -173,7 +173,7 @@ class Cluster:
     def connections(self) -> set[str]:
         """Return those of the processes of all workers."""
         clients = self.redis.client.client_list()
-        return {client["id"] for client in clients if client["name"] == jobs.NAME}
+        return {client["id"] for client in clients if client["name"] == worker.NAME}
 
     async def begun(self, width: int) -> int:
         """Wait until the odd detector works on a photo of this width; return the process."""
@@ -364,13 +364,13 @@ async def test_whole_processes_are_killed_at_the_worst_moments(
         await asyncio.sleep(0.2)
         stuck.signal_all(signal.SIGSTOP)
         promised.append(await client.post(doomed_url, **LATER))
-        is_taken = not queue.exists(jobs.QUEUE)
+        is_taken = not queue.exists("faces:queue")
     stuck.signal_all()
 
     # A web process is killed while others' photos wait in the queue, and before it has sent one.
     promised += [await client.post(doomed_url, **LATER) for _ in range(3)]
     doomed.signal_all()
-    queue.ltrim(jobs.QUEUE, 1, -1)
+    queue.ltrim("faces:queue", 1, -1)
     cluster.go_on(70)
     cluster.odd_worker(2)
     ids = {each["id"] for each in [*promised, await waiting]}
@@ -378,7 +378,7 @@ async def test_whole_processes_are_killed_at_the_worst_moments(
     assert time.monotonic() - began < LATEST
     assert {(await client.get(f"{url}/image/{id}"))[0] for id in ids} == {200}
     assert {each["id"] for each in await client.json(f"{url}/image")} == ids
-    assert queue.exists(jobs.JOBS, "faces:starts", jobs.QUEUE) == 0
+    assert queue.exists("faces:jobs", "faces:starts", "faces:queue") == 0
     assert queue.get("faces:bytes") == b"0"
 
 
@@ -445,12 +445,40 @@ async def test_redis_is_paused_for_5_s(cluster: Cluster, client: Client) -> None
     assert {each["url"] for each in await client.json(f"{url}/image")} == urls
 
 
+async def test_an_image_that_can_no_longer_be_looked_up_is_cut_off(
+    cluster: Cluster, client: Client
+) -> None:
+    """And no error page is written into it."""
+    cluster.worker()
+    _, url = cluster.web("--keep", "1")
+    noise = np.random.default_rng(1).integers(0, 255, (3500, 3500, 3), np.uint8)
+    photo = cv2.imencode(".jpg", noise)[1].tobytes()  # more than the buffers of sockets hold
+    assert 10e6 < len(photo) < 20e6
+    large = await client.post(url, photo)
+    small = await client.post(url)
+    with socket.create_connection(("127.0.0.1", yarl.URL(url).port), TIMEOUT) as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        path = yarl.URL(large["url"]).path
+        reader.sendall(f"GET {path} HTTP/1.1\r\nHost: slow\r\nConnection: close\r\n\r\n".encode())
+        received = reader.recv(1000)
+        assert (await client.get(small["url"]))[0] == 200  # the copy of the large one goes
+        cluster.redis.program.end(signal.SIGKILL)
+        with contextlib.suppress(ConnectionResetError):
+            while piece := await asyncio.to_thread(reader.recv, 65536):
+                received += piece
+    headers, _, image = received.partition(b"\r\n\r\n")
+    assert headers.startswith(b"HTTP/1.1 200 ")
+    assert b"HTTP/1.1" not in image and b"problem" not in image
+    cluster.redis.start()
+    await client.until(url, status="ok")
+
+
 async def test_redis_has_lost_what_it_was_given(cluster: Cluster, client: Client) -> None:
     """As it does if it is killed without an append-only file."""
     _, url = cluster.web()
     waiting = asyncio.create_task(client.try_post(url))
     async with asyncio.timeout(TIMEOUT):
-        while not cluster.redis.client.zcard(jobs.JOBS):  # noqa: ASYNC110
+        while not cluster.redis.client.zcard("faces:jobs"):  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     cluster.redis.client.config_set("appendonly", "no")
     cluster.redis.program.end(signal.SIGKILL)
@@ -473,15 +501,15 @@ async def test_redis_is_full(cluster: Cluster, client: Client) -> None:
     while (answer := await client.try_post(url, large, **LATER))[0] == 202:
         promised.append(answer[1])
     assert "--maxmemory" in answer[1]["detail"]
-    assert 2 * store.memory_usage(f"{jobs.PHOTO}{promised[1]['id']}") * len(promised) > 16e6 - 2e6
+    assert 2 * store.memory_usage(f"faces:photo:{promised[1]['id']}") * len(promised) > 16e6 - 2e6
     for number in range(60):
-        store.set(f"{jobs.IMAGE}{number}", os.urandom(10**6), ex=1000)
-    assert 0 < len(store.keys(f"{jobs.IMAGE}*")) < 30
+        store.set(f"faces:image:{number}", os.urandom(10**6), ex=1000)
+    assert 0 < len(store.keys("faces:image:*")) < 30
     cluster.go_on(70)
     for each in promised:
         assert await next_message() == each["url"]
 
-    store.config_set("maxmemory", 1)
+    store.config_set("maxmemory", "1mb")
     status, problem = await client.try_post(url)
     assert (status, problem["detail"]) == (503, "Redis is full (--maxmemory).")
 
@@ -500,13 +528,13 @@ async def test_what_strangers_wrote_is_skipped(cluster: Cluster, client: Client)
     store = cluster.redis.client
     garbage = [b"", b"\xff", b"{}", b"[]", b"7", b'{"id": 1, "faces": 5}', b'{"error": 1, "id": 2}']
     for line in garbage:
-        for stream in (jobs.IMAGES, jobs.ERRORS):
+        for stream in ("faces:images", "faces:errors"):
             store.xadd(stream, {"json": line})
-        store.hset(f"{jobs.IMAGE}garbage", mapping={"json": line})
+        store.hset("faces:image:garbage", mapping={"json": line})
         assert (await client.get(f"{url}/image/garbage"))[0] == 404
-    store.xadd(jobs.IMAGES, {"other": "field"})
-    store.set(f"{jobs.IMAGE}empty", "")
-    store.zadd(jobs.JOBS, {"nothing": 0})  # and no photo: it is given up
+    store.xadd("faces:images", {"other": "field"})
+    store.set("faces:image:empty", "")
+    store.zadd("faces:jobs", {"nothing": 0})  # and no photo: it is given up
     assert (await client.get(f"{url}/image/empty"))[0] == 503
     assert (await client.get(f"{url}/image/nothing"))[0] == 422
     posted = await client.post(url)

@@ -5,7 +5,6 @@ import asyncio
 import json
 import logging
 import os
-import re
 import sys
 import time
 import uuid
@@ -47,13 +46,13 @@ class Cluster(server.ImageStore):
 
     async def get(self, image_id: str) -> Image | None:
         """Return an image as soon as it is done. Raises BadPhoto, TimeoutError or RedisError."""
-        image, key = await super().get(image_id), worker.IMAGE + image_id
+        image, key = await super().get(image_id), f"faces:image:{image_id}"
         if image:
             (uses,) = await asyncio.gather(self.redis.touch(key), return_exceptions=True)
             if uses != 0:  # if it is an error, the copy serves; else Redis has dropped the image
                 return image
         news = self.news[image_id]  # from here on, none is missed
-        lookup = self.redis.pipeline().hmget(key, "json", "jpeg").zscore(worker.JOBS, image_id)
+        lookup = self.redis.pipeline().hmget(key, "json", "jpeg").zscore("faces:jobs", image_id)
         (line, jpeg), overdue = await lookup.execute()
         if overdue is not None and not line:
             await asyncio.wait_for(asyncio.shield(news), LONGEST_WAIT)
@@ -73,16 +72,16 @@ class Cluster(server.ImageStore):
 
     async def count(self) -> server.Json:
         """Return how many images Redis has, its memory, and all photos in work, for /health."""
-        held, queued = await self.redis.info(), await self.redis.zcard(worker.JOBS)
+        held, queued = await self.redis.info(), await self.redis.zcard("faces:jobs")
         if not self.has_news:
             raise RedisError("There are no news.")
-        keys = held.get(f"db{self.database}", {"expires": 0})
-        return {"images": keys["expires"], "bytes": held["used_memory"], "queued": queued}
+        images = held.get(f"db{self.database}", {}).get("expires", 0)
+        return {"images": images, "bytes": held["used_memory"], "queued": queued}
 
     async def accept(self, filename: str | None, photo: bytes) -> tuple[str, News]:
         """Keep a photo in Redis, from where it cannot get lost, and send it to a worker."""
-        photo_id, name, now = str(uuid.uuid4()), json.dumps(filename), time.time() + self.ahead
-        most_jobs = max(1, self.threads) * (1 + self.queue)
+        photo_id, most_jobs = str(uuid.uuid4()), max(1, self.threads) * (1 + self.queue)
+        name, now = json.dumps(filename), time.time() + self.ahead
         posted = photo, name, self.keep_seconds, now, most_jobs, worker.OVERDUE
         refusal = await worker.run(self.redis, "accept", photo_id, *posted)
         if refusal:
@@ -136,9 +135,9 @@ async def annotate(app: web.Application, filename: str | None, photo: bytes) -> 
 @web.middleware
 async def use_redis(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer at once whoever prefers that (RFC 7240), and 503 if Redis fails."""
-    preferences = re.split("[ ,;]+", request.headers.get("Prefer", "").lower())
+    is_later = "respond-async" in request.headers.get("Prefer", "").lower()
     try:
-        if "respond-async" not in preferences or request.match_info.handler != server.post_image:
+        if not is_later or request.match_info.handler != server.post_image:
             return await handler(request)
         photo_id, _ = await request.app[CLUSTER].accept(*await server.read_photo(request))
         url = f"{server.base_url(request)}image/{photo_id}"
@@ -161,7 +160,7 @@ async def read_news(app: web.Application) -> None:
         try:
             if not last:
                 now, _ = await cluster.redis.time()
-                last = dict.fromkeys([worker.IMAGES, worker.ERRORS], f"{now}000-0")
+                last = dict.fromkeys(["faces:images", "faces:errors"], f"{now}000-0")
             milliseconds = 1000 if cluster.has_news else None
             for stream, entries in await cluster.redis.xread(last, count=100, block=milliseconds):
                 for entry_id, entry in entries:
@@ -190,7 +189,7 @@ async def look_after_jobs(app: web.Application) -> None:
             cluster.ahead = seconds + microseconds / 1e6 - time.time()
             clients = await redis.client_list()
             cluster.threads = sum(process.items() <= client.items() for client in clients)
-            for photo_id in await worker.run(redis, "overdue", "", worker.OVERDUE):
+            for photo_id in await worker.run(redis, "overdue", worker.OVERDUE):
                 await asyncio.to_thread(send, photo_id.decode())
         await asyncio.sleep(1)
 

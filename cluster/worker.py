@@ -1,12 +1,10 @@
 #!/usr/bin/env python3
 """A worker of the cluster: takes photos from Redis and annotates them; it knows no HTTP."""
 
-import argparse
 import json
 import os
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import server
 
-JOBS, QUEUE = "faces:jobs", "faces:queue"  # photos in work, by when they are overdue; their ids
-PHOTO, IMAGE = "faces:photo:", "faces:image:"  # and an id: hashes of JSON, and photo or JPEG
-IMAGES, ERRORS = "faces:images", "faces:errors"  # streams: the news of photos, as JSON
-KEYS = [JOBS, "faces:starts", "faces:bytes", QUEUE, IMAGES, ERRORS]  # of the scripts
 SCRIPTS = {each.stem: each.read_text() for each in Path(__file__).parent.glob("lua/*.lua")}
 
 OVERDUE = 20  # seconds; then a photo is sent again, and whatever still works on it is ended
@@ -37,7 +31,7 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,  # Redis may be away for days
     broker_transport_options={**TIMEOUTS, "ack_emulation": False},  # Redis has the photos anyway
-    task_default_queue=QUEUE,
+    task_default_queue="faces:queue",
     task_ignore_result=True,  # it is in Redis
     task_acks_late=True,
     task_reject_on_worker_lost=True,  # if a process of a worker is killed, another one begins anew
@@ -46,10 +40,9 @@ app.conf.update(
 )
 
 
-def run(client: Any, script: str, photo_id: str = "", *values: Any) -> Any:
+def run(client: Any, script: str, *values: Any) -> Any:
     """Run a script in Redis, which does all of it in one step; await this in asyncio."""
-    keys = *KEYS, PHOTO + photo_id, IMAGE + photo_id
-    return client.eval(SCRIPTS[script], len(keys), *keys, photo_id, *values)
+    return client.eval(SCRIPTS[script], 0, *values)
 
 
 @worker_init.connect
@@ -69,8 +62,7 @@ def prepare(**_: Any) -> None:
 @worker_process_init.connect
 def connect(**_: Any) -> None:
     """Connect a process to Redis, where web processes count it."""
-    with suppress(redis.RedisError):
-        connection.ping()
+    connection.ping()  # Celery logs its error, if Redis is away
 
 
 @app.task(name="faces.annotate", autoretry_for=[Exception], default_retry_delay=1)
@@ -93,13 +85,10 @@ def annotate(photo_id: str) -> None:
 
 def main() -> None:
     """Run `celery worker` with the options of the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = server.make_parser()  # of its options, a worker needs three
     parser.add_argument("--redis-url", default=app.conf.broker_url, help="Redis")
-    parser.add_argument("--threads", default=os.cpu_count(), type=int, help="photos at a time")
-    parser.add_argument("--model", default="", help="YuNet network (.onnx) or cascade (.xml)")
-    parser.add_argument("--min-score", default="0", help="score that a face needs")
     options = parser.parse_args()
-    os.environ |= {"FACES_MODEL": options.model, "FACES_MIN_SCORE": options.min_score}
+    os.environ |= {"FACES_MODEL": options.model, "FACES_MIN_SCORE": str(options.min_score)}
     app.conf.broker_url = options.redis_url
     quiet = ["--loglevel=warning", "--without-gossip", "--without-mingle", "--without-heartbeat"]
     app.worker_main(["worker", *quiet, f"--concurrency={options.threads}"])
