@@ -1,11 +1,13 @@
 """How many labelled faces are found in a folder of photographs, how many false ones, in what time?
 
     python bench/accuracy.py FOLDER [--model FILE] [--min-score N] [--curve SVG] [--worst JPG]
+    python bench/accuracy.py FOLDER --crowd
 
 FOLDER has photos/, faces.json and score.py, which gives the rule. The time is the processor's on
 one thread, against that of the cascade's usual call (whole photo, scale 1.1, 5 neighbours, 30 px),
 which takes turns with the detectors. In the last column, the least score is chosen on nine tenths
-of the photographs and tried on the last tenth.
+of the photographs and tried on the last tenth. --crowd makes photos of crowds from the labelled
+faces instead, and prints how many are found.
 """
 
 import argparse
@@ -166,6 +168,84 @@ def worst_photos(rule: Any, folder: Path, found: Found, truth: dict[str, Any]) -
     return np.vstack([np.hstack(tiles[at : at + 5]) for at in range(0, len(tiles), 5)])
 
 
+def is_yunet(model: str) -> bool:
+    return model == "yunet" or model.endswith(".onnx")
+
+
+# --- Crowds: mosaics of the labelled faces, each different ---
+CROWD_PARTS = (21, 32, 45, 56, 77, 100)  # of the longer side, that a face takes
+CROWD_SIZE = (2000, 1500)  # pixels
+CROWD_MOST = 308  # faces
+
+
+def heads(rule: Any, folder: Path, truth: dict[str, Any]) -> list[tuple[server.Pixels, Box]]:
+    """Cut out each face that is alone in a square of twice its size, with its box in there."""
+    found = []
+    for name, photo in truth.items():
+        image = read(folder, name)
+        for x, y, width, height in photo["faces"]:
+            side = 2 * max(width, height)
+            left, top = int(x + width / 2 - side / 2), int(y + height / 2 - side / 2)
+            square = (left, top, side, side)
+            others = [
+                face for face in photo["faces"] + photo["ignore"] if rule.overlap(square, face)
+            ]
+            inside = 0 <= left <= image.shape[1] - side and 0 <= top <= image.shape[0] - side
+            if inside and len(others) == 1 and min(width, height) >= 40:
+                head = image[top : top + side, left : left + side]
+                found.append((head, (x - left, y - top, width, height)))
+    return found
+
+
+def crowd(
+    heads: list[tuple[server.Pixels, Box]], part: int, random: np.random.Generator
+) -> tuple[server.Pixels, list[Box]]:
+    """Return a photo of a crowd, whose faces are this part of its longer side, and their boxes."""
+    width, height = CROWD_SIZE
+    tile = 2 * width // part + 1
+    photo = np.repeat(np.linspace(60, 160, height, dtype=np.uint8), width * 3)
+    photo = photo.reshape(height, width, 3)
+    places = [
+        (left, top)
+        for top in range(0, height - tile, tile)
+        for left in range(0, width - tile, tile)
+    ]
+    places = places[:: -(-len(places) // CROWD_MOST)]
+    boxes = []
+    for number, (left, top) in enumerate(places):
+        head, (x, y, face_width, face_height) = heads[number % len(heads)]
+        scale = width / part / max(face_width, face_height) * random.uniform(0.93, 1.07)
+        side = min(tile, round(len(head) * scale))
+        shown = cv2.resize(head, (side, side), interpolation=cv2.INTER_AREA)
+        shown = cv2.convertScaleAbs(shown, alpha=random.uniform(0.85, 1.1))
+        photo[top : top + side, left : left + side] = shown
+        scale = side / len(head)
+        boxes.append((left + x * scale, top + y * scale, face_width * scale, face_height * scale))
+    return photo, boxes
+
+
+def print_crowds(rule: Any, folder: Path, truth: dict[str, Any]) -> None:
+    """Print the recall of both detectors in crowds, in all and by thirds from left to right."""
+    random = np.random.default_rng(1)
+    all_heads = heads(rule, folder, truth)
+    random.shuffle(all_heads)
+    print("| faces of | faces | detector | recall | precision | left | middle | right |")
+    print("| --- " * 8 + "|")
+    for part in CROWD_PARTS:
+        photo, boxes = crowd(all_heads, part, random)
+        for model in ("", "yunet"):
+            found = {"crowd": [face[:4] for face in server.load_detector(model)(photo)]}
+            cells = [f"1/{part}", str(len(boxes)), model or "default"]
+            result = rule.score(found, {"crowd": {"faces": boxes, "ignore": []}})
+            cells += [f"{result[key]:.3f}" for key in ("recall", "precision")]
+            for third in range(3):
+                left, right = (CROWD_SIZE[0] * edge / 3 for edge in (third, third + 1))
+                there = [box for box in boxes if left <= box[0] + box[2] / 2 < right]
+                result = rule.score(found, {"crowd": {"faces": there, "ignore": []}})
+                cells.append(f"{result['recall']:.2f}")
+            print("|", " | ".join(cells), "|")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -178,11 +258,15 @@ def main() -> None:
     )
     parser.add_argument("--curve", type=Path, help="write precision over recall as an SVG")
     parser.add_argument("--worst", type=Path, help="write the worst photographs as one picture")
+    parser.add_argument("--crowd", action="store_true", help="print the recall in crowds instead")
     options = parser.parse_args()
 
     cv2.setNumThreads(1)
     rule = load_rule(options.folder)
     truth = json.loads((options.folder / "faces.json").read_text())
+    if options.crowd:
+        print_crowds(rule, options.folder, truth)
+        return
     wanted = {"default": options.min_score if not options.model else 0}
     if options.model:
         wanted[options.model] = options.min_score
@@ -190,11 +274,9 @@ def main() -> None:
     detectors: dict[str, Callable[[server.Pixels], Any]] = {"usual call": usual_call()}
     for name, score in wanted.items():
         model = "" if name == "default" else name
-        least[name] = score or (
-            server.YUNET_SCORE if model.endswith(".onnx") else server.HAAR_SCORE
-        )
+        least[name] = score or (server.YUNET_SCORE if is_yunet(model) else server.HAAR_SCORE)
         detectors[name] = server.load_detector(
-            model, 0.1 if model.endswith(".onnx") else 1
+            model, 0.1 if is_yunet(model) else 1
         )  # all, for the curve
     found: dict[str, Found] = {name: {} for name in detectors}
     spent = dict.fromkeys(detectors, 0.0)
@@ -210,7 +292,7 @@ def main() -> None:
     for name, boxes in found.items():
         result, crossed = rule.score(at_least(least.get(name, 0), boxes), truth), ""
         if name in least:
-            scores = thresholds(haar=not name.endswith(".onnx"))
+            scores = thresholds(haar=not is_yunet(name))
             curves[Path(name).name] = curve(rule, boxes, truth, scores)
             parts = [row[3] for row in folds(rule, boxes, truth, scores)]
             crossed = f"{np.mean(parts):.3f} ± {np.std(parts):.3f}"
