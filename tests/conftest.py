@@ -11,8 +11,11 @@ from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
+from aiohttp.test_utils import TestServer
 from helpers import INSTALL, ROOT, TIMEOUT, Server, run_server, until
 from photos import cv2, encode, pixels
+
+from server import create_app, load_detector
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
@@ -29,6 +32,7 @@ FLAGS = [
     "--use-fake-device-for-media-stream",
     "--host-resolver-rules=MAP classroom 127.0.0.1",  # not localhost, so http is not trusted
 ]
+DETECTOR = load_detector()
 
 
 # --- Servers ---
@@ -54,10 +58,12 @@ def fresh() -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture
-def url(fresh: Server) -> str:
-    """The URL of a fresh server."""
-    return fresh.url
+@pytest_asyncio.fixture(loop_scope="session")
+async def url(caplog: pytest.LogCaptureFixture) -> AsyncIterator[str]:
+    """The URL of a server of one's own, in this process, where it starts in no time."""
+    async with TestServer(create_app(detector=DETECTOR)) as running:
+        yield f"http://127.0.0.1:{running.port}"
+    assert "Traceback" not in caplog.text
 
 
 @pytest.fixture

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import gzip
 import json
+import statistics
 import struct
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import AsyncIterator
 from email.message import Message
 
@@ -30,6 +32,7 @@ from helpers import (
     ask,
     chunked,
     connect,
+    cpu_time,
     flooding,
     frame,
     head_of,
@@ -53,6 +56,15 @@ NOISE = photos.encode(".jpg", np.random.default_rng(1).integers(0, 256, (2500, 2
 DAMAGED = "The photo is damaged or cut short."
 
 
+@pytest.fixture(scope="module")
+def largest(shared_server: Server) -> float:
+    """CPU seconds that an honest photo takes that is as large as allowed."""
+    photo = urllib.request.Request(f"{shared_server.url}/image", photos.photo_of(7000, 7000))
+    before = cpu_time(shared_server)
+    urllib.request.urlopen(photo, timeout=TIMEOUT).close()
+    return cpu_time(shared_server) - before
+
+
 # --- Photos that hurt ---
 async def test_an_animation_that_crashes_opencv_is_answered(server: Server) -> None:
     assert (await ask(server, to_post(photos.FRAME))).status in (201, 422)
@@ -73,26 +85,26 @@ async def test_an_animated_16_bit_png_takes_what_a_photo_takes(fresh: Server) ->
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
 async def test_what_a_png_has_beside_its_pixels_is_not_inflated(
-    server: Server, kind: bytes
+    server: Server, largest: float, kind: bytes
 ) -> None:
     """These are 7 GB. libpng inflates up to 1,000 chunks, each to 8 MB."""
     photo = photos.with_chunk(TINY, kind, b"a\0\0" + photos.zeros(7 * MIB), times=950)
-    begin = time.monotonic()
+    before = cpu_time(server)
     assert (await ask(server, to_post(photo))).says(201)
-    assert time.monotonic() - begin < 5
+    assert cpu_time(server) - before < 2 * largest
 
 
-async def test_a_texture_full_of_faces_is_done_in_time(server: Server) -> None:
-    start = time.monotonic()
+async def test_a_texture_full_of_faces_is_done_in_time(server: Server, largest: float) -> None:
+    before = cpu_time(server)
     assert (await ask(server, to_post(photos.TEXTURE))).says(201)
-    assert time.monotonic() - start < 5
+    assert cpu_time(server) - before < 2 * largest
 
 
-async def test_a_jpeg_has_at_most_40_scans(server: Server) -> None:
+async def test_a_jpeg_has_at_most_40_scans(server: Server, largest: float) -> None:
     assert (await ask(server, to_post(photos.jpeg_of_scans(512, 40)))).says(201)
-    start = time.monotonic()
+    before = cpu_time(server)
     assert (await ask(server, to_post(photos.jpeg_of_scans(7000, 500)))).says(422, "40 scans")
-    assert time.monotonic() - start < 2
+    assert cpu_time(server) - before < largest
 
 
 async def test_scans_cannot_hide_behind_what_looks_like_segments(server: Server) -> None:
@@ -175,11 +187,13 @@ async def test_a_photo_for_which_memory_runs_out_is_refused_for_now(fresh: Serve
     assert (await ask(fresh, to_post(TINY))).says(201)
 
 
-async def test_a_jpeg_of_millions_of_segments_is_done_in_time(server: Server) -> None:
-    start = time.monotonic()
+async def test_a_jpeg_of_millions_of_segments_is_done_in_time(
+    server: Server, largest: float
+) -> None:
+    before = cpu_time(server)
     photo = b"\xff\xd8" + b"\xff\xfe\0\2" * 5_000_000 + ASTRONAUT[2:]
     assert (await ask(server, to_post(photo))).status in (201, 422)
-    assert time.monotonic() - start < 5
+    assert cpu_time(server) - before < 2 * largest
 
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "WebP", "GIF", "form"])
@@ -206,10 +220,14 @@ FILLERS = [b"\t", b"\r\n", b"; ", b'; filename="', b";filename*=", b"\r\n--b\r\n
 async def test_a_form_of_19_mb_of_anything_holds_nobody_up(
     server: Server, start: bytes, filler: bytes
 ) -> None:
+    """It keeps the event loop no longer busy than some honest forms of that size."""
+    honest = START + b"\r\n" + photos.film(19 * 10**6) + b"\r\n--b--\r\n"
     form = start + filler * (19 * 10**6 // len(filler)) + b"\r\n\r\na\r\n--b--\r\n"
-    with Health(server) as healthy:
-        assert (await ask(server, to_post(form, FORM))).status in (400, 415)
-    assert healthy.longest < 1
+    times = [cpu_time(server, loop_only=True)]
+    for body in (honest, form):
+        assert (await ask(server, to_post(body, FORM))).status in (400, 415)
+        times.append(cpu_time(server, loop_only=True))
+    assert times[2] - times[1] < 8 * (times[1] - times[0])
 
 
 async def test_a_form_of_millions_of_lines_takes_no_memory(fresh: Server) -> None:
@@ -298,7 +316,7 @@ async def test_bodies_in_tiny_chunks_hold_nobody_up(fresh: Server, path: str) ->
     async with pouring(fresh, start, TINY_CHUNKS):
         with Health(fresh) as healthy:
             await asyncio.sleep(3)
-    assert healthy.longest < 1
+    assert max(healthy.waits) < 1
 
 
 async def test_frames_without_end_hold_nobody_up(fresh: Server) -> None:
@@ -306,7 +324,7 @@ async def test_frames_without_end_hold_nobody_up(fresh: Server) -> None:
     async with pouring(fresh, to_watch() + frame(TEXT, b""), b"\0\x80\0\0\0\0" * 10_000):
         with Health(fresh) as healthy:
             await asyncio.sleep(2)
-    assert healthy.longest < 1
+    assert max(healthy.waits) < 1
 
 
 async def test_a_refused_body_that_goes_on_takes_no_memory() -> None:
@@ -320,14 +338,14 @@ async def test_a_refused_body_that_goes_on_takes_no_memory() -> None:
         assert memory(server, "VmRSS") - before < 60
 
 
-async def test_uploads_that_stall_keep_nobody_from_posting(server: Server) -> None:
+async def test_uploads_that_stall_keep_nobody_from_posting(fresh: Server) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        for _ in range(100):
-            client = await stack.enter_async_context(connect(server))
+        clients = [await stack.enter_async_context(connect(fresh)) for _ in range(100)]
+        for client in clients:
             await client.send(head_of("POST", "/image", f"Content-Length: {MIB}") + b"a")
-        start = time.monotonic()
-        assert (await ask(server, to_post(TINY))).says(201)
-        assert time.monotonic() - start < 1
+        stalled = [asyncio.create_task(client.end()) for client in clients]
+        assert (await ask(fresh, to_post(TINY))).says(201)
+        assert not any(each.done() for each in stalled)
 
 
 async def test_uploads_take_no_more_memory_than_eight_bodies() -> None:
@@ -388,11 +406,15 @@ async def test_a_hundred_large_photos_at_once_stay_within_memory() -> None:
     threads, megapixels = 2, 9
     photo = photos.photo_of(3000, 3000)
     with run_server("--threads", str(threads), "--queue", "2") as server:
+        start = time.monotonic()
+        assert (await ask(server, to_post(photo))).says(201)
+        alone = time.monotonic() - start
         with Health(server) as healthy:
             answers = await asyncio.gather(*(ask(server, to_post(photo)) for _ in range(100)))
         assert all(answer.says(answer.status) for answer in answers)
         assert {answer.status for answer in answers} == {201, 503}
-        assert healthy.longest < 1
+        assert statistics.median(healthy.waits) < alone
+        assert max(healthy.waits) < 5 * alone
         bound = threads * megapixels * BYTES_A_PIXEL + 14 * len(photo) / MIB + 200
         assert memory(server, "VmHWM") < bound
 
@@ -440,16 +462,19 @@ async def test_a_hundred_who_get_an_image_and_do_not_read_it_take_no_memory() ->
         size = int((await ask_head(server, path))["Content-Length"])
         assert size > 10**7
         async with contextlib.AsyncExitStack() as stack:
-            before = memory(server, "VmRSS")
+            before, files = memory(server, "VmRSS"), open_files(server)
             deaf = [
                 await stack.enter_async_context(connect(server, receive_buffer=4096))
                 for _ in range(100)
             ]
             for each in deaf:
                 await each.send(to_get(path))
-            await asyncio.sleep(1)
+            for each in deaf:
+                await each.head()  # the server is sending
             assert memory(server, "VmRSS") - before < 30
-            await asyncio.sleep(3)  # without progress: cut off
+            async with asyncio.timeout(TIMEOUT):  # without progress: cut off
+                while open_files(server) > files:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
             assert len(await deaf[0].end()) < size
 
 
@@ -508,7 +533,7 @@ async def test_a_long_list_holds_nobody_up() -> None:
             for each in clients:
                 assert (await each.answer()).says(200, '"face_count": 0')
             took = time.monotonic() - start
-        assert healthy.longest < took / 3
+        assert max(healthy.waits) < took / 3
 
 
 async def test_a_connection_that_is_not_used_is_closed() -> None:
@@ -554,11 +579,15 @@ async def test_a_watcher_that_is_leaving_takes_nothing_from_the_others(server: S
 async def test_ten_watchers_that_talk_all_the_time_hold_nobody_up(
     fresh: Server, data: bytes
 ) -> None:
+    photo = photos.photo_of(3000, 3000)
+    start = time.monotonic()
+    assert (await ask(fresh, to_post(photo))).says(201)
+    alone = time.monotonic() - start
     async with flooding(fresh, data, watching=True):
         with Health(fresh) as healthy:
             await asyncio.sleep(1)
             assert (await ask(fresh, to_post(TINY))).says(201)
-    assert healthy.longest < 1
+    assert max(healthy.waits) < 5 * alone
 
 
 async def test_a_watcher_that_pings_and_does_not_read_takes_no_memory(server: Server) -> None:
