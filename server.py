@@ -404,7 +404,7 @@ OTHER_FORMATS = {  # by their first bytes
     rb"II\*\0|MM\0\*": "TIFF",
     rb"BM": "BMP",
     rb"\s{0,9}<(\?xml|svg)": "SVG",
-    rb"\s{0,9}[{[]|data:|/9j/": "JSON or base64; send the bytes of the photo",
+    rb"\s{0,9}[{[]|data:|/9j/|iVBOR|UklGR|R0lGO": "JSON or base64; send the bytes of the photo",
 }
 SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is elsewhere only by chance
 MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 64 megapixels

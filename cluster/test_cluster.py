@@ -317,8 +317,9 @@ sys.exit(pytest.main(["-q", "test_server.py", *options]))
 
 
 def test_the_tests_of_server_py_pass(redis: Redis) -> None:
-    """All but those of its own store; here the work of a worker is done by threads of the test."""
+    """All but those of its own store and queue; the work of a worker is done by threads here."""
     own = [
+        "test_photos_wait_for_a_thread_but_not_too_many",
         "test_the_image_that_was_not_used_for_longest_goes_first",
         "test_an_image_that_is_larger_than_the_room_is_kept_until_the_next",
         "test_health_counts",

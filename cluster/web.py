@@ -41,7 +41,7 @@ class Cluster(server.ImageStore):
         self.keep_seconds, self.queue = keep_seconds, config.queue
         self.threads = 0  # of all workers
         self.ahead = 0.0  # seconds by which the clock of Redis is
-        self.has_news = False  # whether Redis tells what comes of photos
+        self.has_news = asyncio.Event()  # set while Redis tells what comes of photos
         self.news = defaultdict[str, News](asyncio.Future)  # what will come of photos, by id
 
     async def get(self, image_id: str) -> Image | None:
@@ -73,7 +73,7 @@ class Cluster(server.ImageStore):
     async def count(self) -> server.Json:
         """Return how many images Redis has, its memory, and all photos in work, for /health."""
         held, queued = await self.redis.info(), await self.redis.zcard("faces:jobs")
-        if not self.has_news:
+        if not self.has_news.is_set():
             raise RedisError("There are no news.")
         images = held.get(f"db{self.database}", {}).get("expires", 0)
         return {"images": images, "bytes": held["used_memory"], "queued": queued}
@@ -161,7 +161,7 @@ async def read_news(app: web.Application) -> None:
             if not last:
                 now, _ = await cluster.redis.time()
                 last = dict.fromkeys(["faces:images", "faces:errors"], f"{now}000-0")
-            milliseconds = 1000 if cluster.has_news else None
+            milliseconds = 1000 if cluster.has_news.is_set() else None
             for stream, entries in await cluster.redis.xread(last, count=100, block=milliseconds):
                 for entry_id, entry in entries:
                     last[stream.decode()] = entry_id
@@ -169,13 +169,13 @@ async def read_news(app: web.Application) -> None:
                     cluster.tell(photo_id, outcome)
                     if isinstance(outcome, Image):
                         await server.announce(app, outcome)
-            if not cluster.has_news:  # what is waited for may be lost
+            if not cluster.has_news.is_set():  # what is waited for may be lost
                 for photo_id in list(cluster.news):
                     cluster.tell(photo_id, None)
-            cluster.has_news = True
+            cluster.has_news.set()
         except RedisError as error:
             log.warning("There are no news from Redis: %r", error)
-            cluster.has_news = False
+            cluster.has_news.clear()
             await asyncio.sleep(0.5)
 
 
@@ -197,6 +197,8 @@ async def look_after_jobs(app: web.Application) -> None:
 async def run_background(app: web.Application) -> AsyncIterator[None]:
     """Do both before the first request, and until after the last."""
     tasks = {asyncio.create_task(each(app)) for each in (read_news, look_after_jobs)}
+    with suppress(TimeoutError):  # seconds; without Redis it starts too, and answers 503
+        await asyncio.wait_for(app[CLUSTER].has_news.wait(), 3)
     yield
     while tasks:  # redis-py may miss that it is cancelled
         for task in tasks:
