@@ -124,6 +124,7 @@ FOREIGN = {
     "AVIF, its brand second": b"\0\0\0\x24ftypmif1\0\0\0\0mif1avif",
     "JSON": b'{"image": "/9j/4AAQSkZJRg"}',
     "JSON, data URL": b"data:image/jpeg;base64,/9j/4AAQSkZJRg",
+    "JSON, a PNG in base64": b"iVBORw0KGgoAAAANSUhEUg",
     "AVI": b"RIFF\x24\0\0\0AVI LIST" + bytes(99) + b"\xff\xda\0" * 99,
     "WAV": b"RIFF\x24\0\0\0WAVEfmt " + bytes(99),
     "text": b"photo",
