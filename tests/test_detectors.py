@@ -115,6 +115,42 @@ def test_a_photo_that_passes_everywhere_is_searched_in_time() -> None:
     assert times[2] - times[1] < 20 * (times[1] - times[0])
 
 
+@pytest.mark.parametrize(("size", "degrees"), [(480, 20), (512, -16), (640, 20), (800, -16)])
+def test_the_cascade_finds_a_head_that_leans_to_its_shoulder(size: int, degrees: int) -> None:
+    turn = cv2.getRotationMatrix2D((224, 113), degrees, 1)  # around the middle of the face
+    turned = cv2.warpAffine(ASTRONAUT, turn, (512, 512), borderMode=cv2.BORDER_REFLECT)
+    assert len(DETECTORS["cascade"](cv2.resize(turned, (size, size)))) == 1
+
+
+def fake(close: int, scan: list[tuple[int, ...]]) -> SimpleNamespace:
+    """Return a cascade that finds this many windows in each close view, and these in a scan."""
+    return SimpleNamespace(
+        getOriginalWindowSize=lambda: (20, 20),
+        detectMultiScale=lambda image, *_: [()] * close if image.shape == (45, 45) else scan,
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "faces"), [(6, 0, 1), (5, 0, 0), (5, 5, 0), (5, 6, 1), (4, 20, 0)]
+)
+def test_a_doubtful_face_needs_a_second_opinion(first: int, second: int, faces: int) -> None:
+    """Windows in one view; its mirror image has as many. 5 and 5 are doubtful, 6 and 6 are not."""
+    detector = server.load_detector()
+    detector.cascade, detector.second = fake(first, [(50, 50, 20, 20)]), fake(second, [])
+    assert len(detector(np.zeros((500, 500, 3), np.uint8))) == faces
+
+
+def test_what_is_too_much_to_look_at_is_left_out_all_over_the_photo() -> None:
+    """Sorted by x and cut, it would be the right side."""
+    scan = [(x, y, 20, 20) for x in range(0, 1500, 36) for y in range(0, 1500, 36)]
+    detector = server.load_detector()
+    detector.cascade = fake(6, scan)
+    faces = detector(np.zeros((2000, 2000, 3), np.uint8))
+    thirds = [sum(third <= face.x < third + 700 for face in faces) for third in (0, 700, 1400)]
+    assert sum(thirds) == len(faces) <= server.HAAR_BOXES
+    assert min(thirds) > 100
+
+
 def test_many_threads_find_what_one_finds(detector: server.Detector) -> None:
     images = [
         *list(photos.KINDS.values())[::5],
