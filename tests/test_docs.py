@@ -1,4 +1,4 @@
-"""The OpenAPI document, against the running server, and Swagger UI at /docs, in a real Chromium."""
+"""The OpenAPI document and Swagger UI, with a real server, and how the other documents look."""
 
 from __future__ import annotations
 
@@ -224,3 +224,21 @@ async def test_without_internet_a_page_of_our_own_shows_each_operation_and_posts
     await post.get_by_role("button", name="Send").click()
     await expect(post.locator("output")).to_contain_text('"filename": "astronaut.jpg"')
     await expect(page.get_by_text("width (query)")).to_be_visible()
+
+
+# --- The documents in Markdown ---
+WIDTH = 100  # characters, as in the code
+DOCUMENTS = [*ROOT.glob("docs/[!s]*.md"), *ROOT.glob("*/README.md"), ROOT / "docs/speed.md"]
+
+
+def prose(document: Path) -> str:
+    """The text of a document without its blocks of code and its tables."""
+    text = re.sub(r"^ *```.*?^ *```$", "", document.read_text("utf-8"), flags=re.M | re.S)
+    return re.sub(r"^\|.*$", "", text, flags=re.M)
+
+
+@pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT))
+)
+async def test_a_document_is_wrapped_at_the_width_of_the_code(document: Path) -> None:
+    assert [line for line in prose(document).splitlines() if len(line) > WIDTH] == []
