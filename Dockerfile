@@ -19,12 +19,11 @@ ENV MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=67108864 MALLOC_TRIM_THRESHOLD_=13
 # The answers say what is wrong with a photo, and so does the server's own log.
 ENV OPENCV_LOG_LEVEL=SILENT
 
-# Some 3 ms of CPU time. Python would take 70.
-HEALTHCHECK --interval=2s --timeout=5s CMD ["bash", "-c", "\
+# It takes 4 ms of CPU time. Python would take 70.
+HEALTHCHECK --interval=2s --timeout=5s CMD bash -c '\
     exec 3<>/dev/tcp/127.0.0.1/8282 && \
-    printf 'GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n' >&3 && \
-    read -r _ status _ <&3 && \
-    [[ $status == 200 ]]"]
+    printf "GET /health HTTP/1.0\r\n\r\n" >&3 && \
+    grep -q "^HTTP/1.[01] 200 " <&3'
 
 # docker run faces [OPTIONS] runs the server, docker run faces COMMAND another command, such as pytest.
 ENTRYPOINT ["sh", "-c", "\

@@ -9,16 +9,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
-from helpers import (
-    ROOT,
-    TIMEOUT,
-)
+from helpers import ROOT, TIMEOUT
 from photos import ASTRONAUT_FILE, cv2, encode, np, pixels
 
 ENGINE = ROOT.parent / "shared/docker/local-images"  # if it is there: starts an engine
@@ -69,6 +65,13 @@ class Container(NamedTuple):
         found = await inspect(self.id)
         return found["State"] | {"RestartCount": found["RestartCount"]}
 
+    async def until(self, health: str) -> list[dict[str, Any]]:
+        """Wait until the engine calls it healthy, or unhealthy; return all checks so far."""
+        async with asyncio.timeout(TIMEOUT):
+            while (found := (await self.state())["Health"])["Status"] != health:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        return found["Log"]
+
 
 Start = Callable[..., Awaitable[Container]]
 
@@ -96,9 +99,7 @@ async def start(image: str) -> AsyncIterator[Start]:
         containers.append(await docker(*detached, *options, image, *serve))
         address = await docker("port", containers[-1], "8282")
         container = Container(containers[-1], f"http://{address}")
-        async with asyncio.timeout(TIMEOUT):
-            while (await container.state())["Health"]["Status"] != "healthy":  # noqa: ASYNC110
-                await asyncio.sleep(0.1)
+        await container.until("healthy")
         return container
 
     yield start
@@ -131,18 +132,21 @@ async def post(client: aiohttp.ClientSession, container: Container, photo: bytes
         return answer.status
 
 
-def moment(text: str) -> datetime:
-    """Read a time of the engine's, which has nanoseconds, more than Python reads."""
-    return datetime.fromisoformat(text[:23] + "+00:00")
-
-
 # --- It runs ---
-async def test_it_is_healthy_within_3_seconds(start: Start) -> None:
-    state = await (await start()).state()
-    checks = state["Health"]["Log"]
-    first_good = next(check for check in checks if check["ExitCode"] == 0)
-    took = moment(first_good["End"]) - moment(state["StartedAt"])
-    assert took.total_seconds() < 3, checks
+async def test_it_is_healthy_by_its_second_check(start: Start) -> None:
+    """There is one every 2 seconds."""
+    checks = await (await start()).until("healthy")
+    assert len(checks) <= 2, checks
+
+
+async def test_it_is_unhealthy_if_something_else_answers(image: str) -> None:
+    check = "--health-interval", "0.5s", "--health-retries", "3"
+    other = "python", "-m", "http.server", "8282"
+    container = Container(await docker("run", "--detach", *check, image, *other), "")
+    try:
+        await container.until("unhealthy")
+    finally:
+        await docker("rm", "--force", container.id)
 
 
 @pytest.mark.parametrize("serve", [(), ("--model", MODEL)], ids=["cascade", "YuNet"])
@@ -230,14 +234,11 @@ async def test_docker_stop_waits_for_the_photos_under_way(
         posts = [asyncio.create_task(post(client, container, large_photo)) for _ in range(8)]
         while await accepted() < len(posts):
             pass  # ask again
-        begin = time.monotonic()
         await docker("stop", container.id)
-        took = time.monotonic() - begin
         answers = await asyncio.gather(*posts, return_exceptions=True)
         seen = await watching
         assert watcher.close_code == aiohttp.WSCloseCode.GOING_AWAY
-    assert (await container.state())["ExitCode"] == 0
-    assert took < 9
+    assert (await container.state())["ExitCode"] == 0  # it was not killed after 10 s
     assert 0 < seen <= answers.count(201), answers  # a slow machine gives some up
 
 
