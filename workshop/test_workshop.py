@@ -366,10 +366,8 @@ def test_a_deaf_watcher_does_not_delay_the_end(room):
     deaf = room.start("python deaf.py")
     wait_until(lambda: "I am deaf" in deaf.read_text())
     server = room.running[0][1]
-    start = time.monotonic()
     server.send_signal(signal.SIGINT)
-    assert server.wait(TIMEOUT) == 0
-    assert time.monotonic() - start < 10  # s; its handler would go on for 120
+    assert server.wait(TIMEOUT) == 0  # its handler would go on for 120 s
 
 
 async def test_a_photo_in_work_is_answered_before_the_end(room, client):
