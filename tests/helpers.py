@@ -155,14 +155,6 @@ async def post_photo(url: str, photo: bytes = ASTRONAUT, name: str = "astronaut.
         return await response.json()
 
 
-def expect(actual: Any) -> Any:
-    """Playwright's expect, which waits; imported late, as Playwright may be missing."""
-    from playwright.async_api import expect
-
-    expect.set_options(timeout=TIMEOUT * 1000)
-    return expect(actual)
-
-
 # --- A client without manners ---
 class Answer(NamedTuple):
     status: int

@@ -16,22 +16,15 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import photos
 import pytest
-from helpers import (
-    INSTALL,
-    ROOT,
-    TIMEOUT,
-    expect,
-    post_photo,
-    run_server,
-)
+from helpers import INSTALL, ROOT, TIMEOUT, post_photo, run_server
+from pages import expect
 from photos import ASTRONAUT, ASTRONAUT_FILE
 
 import server
 
 if TYPE_CHECKING:
+    from pages import Visit
     from playwright.async_api import Page, Route
-
-    Visit = Callable[..., Awaitable[Page]]
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 CDN = "https://cdn.jsdelivr.net"

@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,34 +17,15 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from helpers import (
-    ROOT,
-    TIMEOUT,
-    expect,
-    post_photo,
-    run_server,
-)
+from helpers import ROOT, TIMEOUT, post_photo, run_server
+from pages import CARDS, LAPTOP, PHONE, PROJECTOR, choose, connected, expect, grey_jpeg, names
 from photos import ASTRONAUT, ASTRONAUT_FILE, TINY, cv2, encode, np, pixels
 
 if TYPE_CHECKING:
+    from pages import Visit
     from playwright.async_api import Browser, FileChooser, Page, Request, Route, WebSocketRoute
 
-    Visit = Callable[..., Awaitable[Page]]
-
 pytestmark = pytest.mark.asyncio(loop_scope="session")
-CARDS = "#photos > li"
-PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
-LAPTOP = {"viewport": {"width": 1280, "height": 800}}
-PROJECTOR = {"viewport": {"width": 1920, "height": 1080}}
-
-
-def jpeg(width: int, height: int) -> bytes:
-    return encode(".jpg", np.full((height, width), 128, np.uint8))
-
-
-async def connected(page: Page) -> Page:
-    await expect(page.locator("#state")).to_have_text("Connected")
-    return page
 
 
 async def kind_of(url: str, **headers: str) -> tuple[int, str]:
@@ -55,14 +36,6 @@ async def kind_of(url: str, **headers: str) -> tuple[int, str]:
 async def kept(url: str) -> Any:
     async with aiohttp.ClientSession() as session, session.get(f"{url}/image") as response:
         return await response.json()
-
-
-def names(page: Page) -> Any:
-    return expect(page.locator("#photos .name"))
-
-
-async def choose(page: Page, *files: Path) -> None:
-    await page.get_by_label("Choose photos").set_input_files(files)
 
 
 # --- GET / ---
@@ -267,7 +240,7 @@ async def test_a_large_photo_is_made_smaller_and_upright(
     url: str, visit: Visit, tmp_path: Path
 ) -> None:
     exif = b"\xff\xe1\0\x22Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
-    photo = jpeg(3000, 2000)
+    photo = grey_jpeg(3000, 2000)
     (tmp_path / "turned.jpg").write_bytes(photo[:2] + exif + photo[2:])  # a quarter, clockwise
     page = await connected(await visit(url))
     await choose(page, tmp_path / "turned.jpg")
@@ -712,7 +685,7 @@ async def test_by_plain_http_the_button_says_what_to_do_before_one_presses_it(
 
 
 async def test_the_camera_waits_for_a_busy_server(visit: Visit) -> None:
-    large = jpeg(7000, 7000)
+    large = grey_jpeg(7000, 7000)
     with run_server("--queue", "0") as server:
         async with aiohttp.ClientSession() as session:
             page = await start_camera(
@@ -751,7 +724,7 @@ async def test_the_newest_photo_and_its_words_are_on_the_first_screen(
 ) -> None:
     for _ in range(3):
         await post_photo(url, TINY)
-    await post_photo(url, jpeg(*size))
+    await post_photo(url, grey_jpeg(*size))
     page = await connected(await visit(url.replace("127.0.0.1", "classroom"), **device))
     newest = page.locator(CARDS).first
     await expect(newest.locator("img")).not_to_have_js_property("naturalWidth", 0)

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 import pytest_asyncio
-from helpers import ROOT, TIMEOUT, Server, expect, post_photo, run_server
+from helpers import ROOT, TIMEOUT, Server, post_photo, run_server
+from pages import CARDS, LAPTOP, PHONE, PROJECTOR, choose, connected, expect, grey_jpeg, names
 from photos import ASTRONAUT, ASTRONAUT_FILE, TINY, cv2, encode, np, pixels
-from test_page import CARDS, LAPTOP, PHONE, PROJECTOR, choose, connected, jpeg, names
 
 if TYPE_CHECKING:
+    from pages import Visit
     from playwright.async_api import Browser, Page, Route
-    from test_page import Visit
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 SIDE = PHONE | {"viewport": {"width": 740, "height": 360}}
@@ -210,7 +210,7 @@ async def test_a_small_picture_is_made_once_and_kept_within_the_limits() -> None
 
 
 async def test_no_picture_is_made_larger(url: str) -> None:
-    image = await post_photo(url, jpeg(300, 200))
+    image = await post_photo(url, grey_jpeg(300, 200))
     async with (
         aiohttp.ClientSession() as session,
         session.get(image["url"]) as full,
@@ -343,7 +343,7 @@ async def test_a_wish_that_no_camera_fulfils_means_that_there_is_none(
 async def test_a_phone_on_its_side_shows_the_newest_photo_and_the_camera_whole(
     url: str, visit: Visit
 ) -> None:
-    await post_photo(url, jpeg(1500, 1000))
+    await post_photo(url, grey_jpeg(1500, 1000))
     page = await connected(await visit(url, permissions=["camera"], **SIDE))
     await expect(page.locator(CARDS)).to_be_in_viewport(ratio=1)
     await page.get_by_role("button", name="Live camera").click()
