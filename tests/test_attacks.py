@@ -166,7 +166,7 @@ async def test_an_empty_limit_of_pixels_is_the_default(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("limit", ["abc", "50e6", "0", "-1", "٣", "9" * 30])
 @pytest.mark.parametrize("command", [["server.py"], ["-c", "import server"]])
-def test_a_limit_of_pixels_that_is_no_number_is_refused_in_a_line(
+def test_an_invalid_limit_of_pixels_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, command: list[str], limit: str
 ) -> None:
     """OpenCV would end the process with words of C++."""
@@ -178,7 +178,7 @@ def test_a_limit_of_pixels_that_is_no_number_is_refused_in_a_line(
     assert done.stderr == "OPENCV_IO_MAX_IMAGE_PIXELS must be a whole number above 0.\n"
 
 
-async def test_a_photo_for_which_memory_runs_out_is_refused_for_now(fresh: Server) -> None:
+async def test_a_photo_that_does_not_fit_in_memory_gets_503(fresh: Server) -> None:
     resource = pytest.importorskip("resource")
     assert (await ask(fresh, to_post(TINY))).says(201)  # its thread has its memory
     limit = int((memory(fresh, "VmSize") + 50) * MIB)
@@ -461,7 +461,7 @@ async def test_the_bytes_of_an_image_that_was_dropped_do_not_count() -> None:
 
 
 # --- Clients that do not read, or never stop writing ---
-async def test_a_hundred_who_get_an_image_and_do_not_read_it_take_no_memory() -> None:
+async def test_a_hundred_clients_that_do_not_read_their_image_take_no_memory() -> None:
     noise = np.random.default_rng(1).integers(0, 256, (3600, 3600, 3), np.uint8)
     with run_server("--upload-timeout", "2") as server:
         meta = json.loads((await ask(server, to_post(photos.encode(".jpg", noise)))).body)
@@ -485,7 +485,7 @@ async def test_a_hundred_who_get_an_image_and_do_not_read_it_take_no_memory() ->
             assert len(await deaf[0].end()) < size
 
 
-async def test_who_reads_too_slowly_holds_no_image_that_was_dropped() -> None:
+async def test_a_client_that_reads_too_slowly_holds_no_dropped_image() -> None:
     async with contextlib.AsyncExitStack() as stack:
         server = stack.enter_context(run_server("--keep", "1"))
         before = 0.0
@@ -502,7 +502,7 @@ async def test_who_reads_too_slowly_holds_no_image_that_was_dropped() -> None:
         assert len(await slow.end()) < size * MIB  # it is cut off, not made to wait
 
 
-async def test_who_reads_an_image_below_a_least_pace_is_cut_off() -> None:
+async def test_a_client_that_reads_below_a_least_pace_is_cut_off() -> None:
     """The pace is 64 KiB in --upload-timeout; this client reads 8 KiB a second."""
     with run_server("--upload-timeout", "2") as server:
         path = await post_and_get_path(server, NOISE)
@@ -513,7 +513,7 @@ async def test_who_reads_an_image_below_a_least_pace_is_cut_off() -> None:
                     await asyncio.sleep(0.25)
 
 
-async def test_who_reads_no_answer_is_cut_off() -> None:
+async def test_a_client_that_reads_no_answer_is_cut_off() -> None:
     with run_server("--upload-timeout", "1") as server:
         before = open_files(server)
         async with connect(server, receive_buffer=4096) as deaf, asyncio.timeout(TIMEOUT):
@@ -624,7 +624,7 @@ async def test_a_watcher_that_sends_and_leaves_gives_its_place_back(fresh: Serve
     assert memory(fresh, "VmRSS") - before < 20
 
 
-async def test_a_long_message_of_a_watcher_ends_it(server: Server) -> None:
+async def test_a_watcher_that_sends_a_long_message_is_cut_off(server: Server) -> None:
     async with watch(server) as good, watch(server) as bad:
         await bad.send(b"\x81\xfe" + struct.pack(">H", 1026) + bytes(4 + 1026))
         assert await bad.frame() == (CLOSE, struct.pack(">H", 1009))
@@ -687,7 +687,9 @@ HOSTS = {
 
 
 @pytest.mark.parametrize("host", HOSTS)
-async def test_a_name_that_was_made_to_resolve_here_may_nothing(server: Server, host: str) -> None:
+async def test_a_name_of_another_site_that_resolves_to_this_machine_is_refused(
+    server: Server, host: str
+) -> None:
     for request in (
         to_get("/health", host=host),
         to_get("/", host=host),
@@ -708,14 +710,14 @@ async def test_a_name_that_was_made_to_resolve_here_may_nothing(server: Server, 
         (["--public-url", "https://evil.test/a//b"], 200),
     ],
 )
-async def test_which_names_are_its_own_depends_on_its_options(
+async def test_its_options_decide_which_names_it_answers_to(
     options: list[str], status: int
 ) -> None:
     with run_server(*options) as server:
         assert (await ask(server, to_get("/health", host="evil.test"))).says(status)
 
 
-async def test_a_name_that_is_none_reaches_no_watcher() -> None:
+async def test_a_malformed_host_never_reaches_a_watcher() -> None:
     """It would stand in the URLs, and nobody would get them."""
     with run_server("--host", "0.0.0.0") as server:
         async with watch(server) as good, connect(server) as bad:
@@ -725,7 +727,7 @@ async def test_a_name_that_is_none_reaches_no_watcher() -> None:
             assert (await good.frame())[0] == TEXT
 
 
-async def test_what_a_browser_keeps_is_for_no_other_site(server: Server) -> None:
+async def test_a_browser_does_not_share_its_cache_with_other_sites(server: Server) -> None:
     """It would show an image of its cache to a page that may not get it from the server."""
     for path in ("/", await post_and_get_path(server, TINY)):
         assert (await ask(server, to_get(path))).headers["Vary"] == "Accept, Origin"
@@ -743,7 +745,7 @@ async def test_what_a_browser_keeps_is_for_no_other_site(server: Server) -> None
         "http://\udcff",
     ],
 )
-async def test_a_page_of_another_site_may_nothing(server: Server, origin: str) -> None:
+async def test_pages_of_other_sites_are_refused(server: Server, origin: str) -> None:
     line = f"Origin: {origin}"
     for request in (to_get("/health", line), to_post(TINY, line), to_watch("", line)):
         assert (await ask(server, request)).says(403, "--allow-origin")

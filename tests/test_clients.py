@@ -76,7 +76,7 @@ async def test_a_file_that_was_not_chosen_does_not_count(server: Server) -> None
 
 
 # --- Images, and who gets them ---
-async def test_an_image_is_for_its_client_and_nothing_else_than_an_image(server: Server) -> None:
+async def test_an_image_is_neither_sniffed_nor_kept_by_a_proxy(server: Server) -> None:
     path = await post_and_get_path(server, TINY)
     answer = await ask(server, to_get(path))
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
@@ -95,7 +95,7 @@ async def test_a_photo_is_kept_even_if_its_client_leaves(server: Server) -> None
         assert json.loads((await ask(server, to_get("/image"))).body)[0]["width"] == 7
 
 
-async def test_who_pauses_for_a_moment_gets_the_whole_image(server: Server) -> None:
+async def test_a_client_that_pauses_gets_the_whole_image(server: Server) -> None:
     path = await post_and_get_path(server, ASTRONAUT)
     async with connect(server, receive_buffer=2048) as slow:
         await slow.send(to_get(path))
@@ -110,7 +110,7 @@ async def test_a_ping_is_answered(server: Server) -> None:
         assert await client.frame() == (PONG, b"Are you there?")
 
 
-async def test_who_is_no_watcher_is_told_how_to_be_one(server: Server) -> None:
+async def test_a_plain_get_of_faces_is_told_to_use_a_websocket(server: Server) -> None:
     answer = await ask(server, to_get("/faces"))
     assert answer.says(426, "wscat")
     assert answer.headers["Upgrade"] == "websocket"  # RFC 9110, 15.5.22
@@ -147,13 +147,13 @@ async def test_an_allowed_site_may_end_with_a_slash() -> None:
 
 
 @pytest.mark.parametrize("site", ["", "school.example"])
-async def test_a_site_without_a_scheme_is_none_that_is_allowed(site: str) -> None:
+async def test_a_site_without_a_scheme_is_not_allowed(site: str) -> None:
     with run_server("--allow-origin", site) as server:
         for origin in ("null", "https://school.example"):
             assert (await ask(server, to_get("/health", f"Origin: {origin}"))).says(403)
 
 
-async def test_the_page_behind_a_proxy_may_all() -> None:
+async def test_its_page_works_behind_a_proxy() -> None:
     """Some proxies send the server's own name as Host."""
     with run_server("--public-url", "https://school.test/app") as server:
         assert (await ask(server, to_get("/health", "Origin: https://school.test"))).says(200)
@@ -215,7 +215,7 @@ async def test_a_page_that_a_proxy_hides_is_told_of_the_public_url(server: Serve
         ("http://school.test/page.html", "http://school.test"),
     ],
 )
-async def test_what_was_allowed_is_let_in(site: str, origin: str) -> None:
+async def test_an_allowed_site_is_let_in_however_it_is_written(site: str, origin: str) -> None:
     with run_server("--allow-origin", site) as server:
         assert (await ask(server, to_get("/health", f"Origin: {origin}"))).says(200)
         assert (await ask(server, to_get("/health", "Origin: https://other.test"))).says(403)
@@ -240,7 +240,7 @@ async def test_an_absolute_target_gets_urls_of_the_host(server: Server) -> None:
     assert answer.headers["Location"].startswith("http://localhost/image/")
 
 
-async def test_a_key_that_is_no_ascii_is_refused_in_words(server: Server) -> None:
+async def test_a_websocket_key_that_is_not_ascii_is_refused(server: Server) -> None:
     request = to_watch().replace(b"Sec-WebSocket-Key: ", b"Sec-WebSocket-Key: \xc3\xa9")
     assert (await ask(server, request)).says(400, "Sec-WebSocket-Key")
 
@@ -301,7 +301,7 @@ NO_FILENAME = b"--b\r\nContent-Disposition: form-data; name=image\r\n\r\n" + TIN
     ],
     ids=["no filename", "two files"],
 )
-async def test_each_mistake_is_told_its_own_sentence(
+async def test_each_mistake_in_a_form_has_a_message_of_its_own(
     server: Server, body: bytes, kind: str, status: int, words: str
 ) -> None:
     answer = await ask(server, to_post(body, kind))
@@ -462,7 +462,7 @@ async def run_proxy(folder: Path, config: str, server: Server, *command: str) ->
         await process.wait()
 
 
-async def test_haproxy_finds_the_server_well(server: Server, tmp_path: Path) -> None:
+async def test_haproxy_finds_the_server_healthy(server: Server, tmp_path: Path) -> None:
     async with run_proxy(tmp_path, HAPROXY, server, "haproxy", "-f", "config") as url:
         await asyncio.sleep(1)  # for ten of its health checks
         assert (await post_photo(url, TINY))["faces"] == []
@@ -476,7 +476,7 @@ async def test_haproxy_finds_the_server_well(server: Server, tmp_path: Path) -> 
         ("$proxy_host", "laptop", "https://laptop", 403),  # its default
     ],
 )
-async def test_the_page_behind_nginx_may_post_or_is_told_why_not(
+async def test_behind_nginx_the_page_can_post_or_is_told_why_not(
     server: Server, tmp_path: Path, passed_on: str, host: str, origin: str, status: int
 ) -> None:
     config = NGINX.replace("HOST", passed_on)

@@ -170,7 +170,7 @@ async def test_a_watcher_gets_a_url_that_opens_from_outside(
     assert green > 200 and blue < 60 and red < 60  # the upper edge of the box
 
 
-async def test_it_tells_its_options(image: str) -> None:
+async def test_it_lists_its_options(image: str) -> None:
     said = await docker("run", "--rm", image, "--help")
     assert "--keep-mb" in said and "--port" in said
 

@@ -101,7 +101,7 @@ def test_the_box_of_a_face_at_the_edge_ends_there(
             assert 0 <= face.y < face.y + face.height <= bottom
 
 
-def test_a_photo_that_passes_everywhere_is_searched_in_time() -> None:
+def test_a_photo_full_of_proposals_is_searched_in_time() -> None:
     """To group all its 17,000 windows would take 289 times as long as to group 1,000."""
     windows = [(x, y, 20, 20) for x in range(0, 740, 4) for y in range(0, 740, 8)]
     detector, times = server.load_detector(), [time.thread_time()]
@@ -140,7 +140,7 @@ def test_a_doubtful_face_needs_a_second_opinion(first: int, second: int, faces: 
     assert len(detector(np.zeros((500, 500, 3), np.uint8))) == faces
 
 
-def test_what_is_too_much_to_look_at_is_left_out_all_over_the_photo() -> None:
+def test_what_the_cascade_skips_is_spread_over_the_photo() -> None:
     """Sorted by x and cut, it would be the right side."""
     scan = [(x, y, 20, 20) for x in range(0, 1500, 36) for y in range(0, 1500, 36)]
     detector = server.load_detector()
@@ -199,7 +199,7 @@ def test_another_cascade_can_be_used(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), cv2.error("Insufficient memory")])
-async def test_a_photo_for_which_it_finds_no_memory_is_refused_for_now(
+async def test_a_photo_for_which_the_detector_has_no_memory_gets_503(
     aiohttp_client, error: Exception
 ) -> None:
     def hungry(pixels: server.Pixels) -> list[server.Face]:
@@ -233,7 +233,7 @@ def test_yunet_is_one_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["a.xml", "a.onnx"])
-def test_what_started_works_although_its_model_is_gone(tmp_path: Path, name: str) -> None:
+def test_it_works_after_its_model_file_was_deleted(tmp_path: Path, name: str) -> None:
     """Each thread loads its own, when it is first used."""
     model = tmp_path / name
     model.write_bytes(YUNET.read_bytes() if name == "a.onnx" else server.CASCADE.read_bytes())

@@ -60,7 +60,7 @@ async def answer(method: str, url: str, **kwargs: Any) -> Any:
 # --- The OpenAPI document ---
 
 
-async def test_each_route_of_the_app_stands_in_it() -> None:
+async def test_each_route_is_documented() -> None:
     routes = {
         (route.resource.canonical, route.method.lower())
         for route in server.create_app().router.routes()
@@ -235,3 +235,19 @@ def prose(document: Path) -> str:
 )
 async def test_a_document_is_wrapped_at_the_width_of_the_code(document: Path) -> None:
     assert [line for line in prose(document).splitlines() if len(line) > WIDTH] == []
+
+
+async def test_each_test_that_a_document_names_exists() -> None:
+    tests = "".join(file.read_text("utf-8") for file in ROOT.glob("tests/test_*.py"))
+    for document in DOCUMENTS:
+        for name in re.findall(r"`(test_\w+)(?:\.\.\.)?`", document.read_text("utf-8")):
+            assert len(re.findall(rf"def {name}", tests)) == 1, name
+
+
+async def test_each_default_that_a_document_tells_is_that_of_the_option() -> None:
+    defaults = vars(server.Config())
+    told = r"\b(\d+)(?: \w+)?\s\(`--(max-mb|max-clients|upload-timeout)`\)"
+    copies = [copy for each in DOCUMENTS for copy in re.findall(told, each.read_text("utf-8"))]
+    assert copies
+    for number, option in copies:
+        assert int(number) == defaults[option.replace("-", "_")], option

@@ -345,7 +345,7 @@ async def test_all_refusals_can_be_dismissed_at_once(
     await expect(page.locator("#refusals > li")).to_have_count(0)
 
 
-async def test_what_may_pass_can_be_tried_again(url: str, visit: Visit) -> None:
+async def test_an_upload_that_failed_can_be_tried_again(url: str, visit: Visit) -> None:
     page = await connected(await visit(url))
     await page.route("**/image", lambda route: route.abort(), times=1)
     await choose(page, ASTRONAUT_FILE)
@@ -374,7 +374,9 @@ async def test_another_browser_sees_it(url: str, visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("device", [PHONE, LAPTOP], ids=["phone", "laptop"])
-async def test_who_comes_later_sees_what_is_kept(url: str, visit: Visit, device: Any) -> None:
+async def test_a_late_visitor_sees_the_photos_that_are_kept(
+    url: str, visit: Visit, device: Any
+) -> None:
     for number in range(3):
         await post_photo(url, TINY, f"{number}.jpg")
     page = await visit(url, **device)
@@ -383,7 +385,9 @@ async def test_who_comes_later_sees_what_is_kept(url: str, visit: Visit, device:
     await names(page).to_have_text(["2.jpg", "1.jpg", "0.jpg"])
 
 
-async def test_who_was_cut_off_sees_what_came_meanwhile(url: str, visit: Visit) -> None:
+async def test_after_a_lost_connection_the_page_shows_what_it_missed(
+    url: str, visit: Visit
+) -> None:
     page = await visit(f"{url}/health")
     sockets: list[WebSocketRoute] = []
 
@@ -409,7 +413,7 @@ async def connected_page(page: Page, url: str) -> None:
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["after the list", "before the list"])
-async def test_what_arrives_while_it_asks_is_there_once(
+async def test_a_photo_that_arrives_while_the_list_loads_is_shown_once(
     url: str, visit: Visit, listed: bool
 ) -> None:
     page = await visit(f"{url}/health")
@@ -499,7 +503,7 @@ async def test_only_pictures_near_the_screen_are_loaded(url: str, visit: Visit) 
     await expect(last).to_have_js_property("naturalWidth", 9)
 
 
-async def test_the_page_of_ones_own_in_the_documents(visit: Visit) -> None:
+async def test_the_example_page_of_the_docs_works(visit: Visit) -> None:
     html = re.search(r"```html\n(.*?)```", (ROOT / "docs/page.md").read_text("utf-8"), re.DOTALL)
     assert html is not None
 
@@ -612,7 +616,7 @@ async def test_a_camera_on_the_back_is_not_mirrored(url: str, visit: Visit) -> N
     assert left + width / 2 == pytest.approx(282 / 640, abs=0.03)
 
 
-async def test_the_camera_tells_its_looks_and_the_faces(camera: Page) -> None:
+async def test_the_camera_shows_its_rate_and_the_number_of_faces(camera: Page) -> None:
     about = camera.locator("#camera .about")
     await expect(about).to_contain_text("1 face")
     await expect(about).to_contain_text(re.compile(r"\b[1-9]\d* looks a second"))
@@ -759,9 +763,7 @@ async def test_30_photos_fit_a_phone_in_two_columns(url: str, visit: Visit) -> N
 # --- Words by device ---
 
 
-async def test_nothing_is_said_of_dropping_where_nothing_can_be_dropped(
-    url: str, visit: Visit
-) -> None:
+async def test_dropping_is_only_mentioned_where_it_works(url: str, visit: Visit) -> None:
     drop = re.compile("drop", re.IGNORECASE)
     phone, laptop = await visit(url, **PHONE), await visit(url, **LAPTOP)
     await expect((await connected(laptop)).get_by_text(drop)).to_be_visible()
@@ -788,7 +790,7 @@ async def test_an_empty_page_shows_the_address_for_others(url: str, visit: Visit
     await expect(page.locator("#address")).to_contain_text(address)
 
 
-async def test_where_others_cannot_come_in_it_says_how_they_can(url: str, visit: Visit) -> None:
+async def test_a_local_server_says_how_to_let_others_in(url: str, visit: Visit) -> None:
     page = await connected(await visit(url))
     await expect(page.locator("#empty")).to_contain_text("Start the server with --host 0.0.0.0")
 

@@ -87,7 +87,7 @@ async def test_on_its_own_machine_the_page_shows_the_address_for_the_class(
     await expect(page.locator("#address")).to_contain_text(address)
 
 
-async def test_where_others_cannot_come_in_it_shows_no_code(url: str, visit: Visit) -> None:
+async def test_a_local_server_shows_no_code(url: str, visit: Visit) -> None:
     page = await connected(await visit(url, **PHONE))
     option = page.locator("#alone code")
     await expect(option).to_have_text("--host 0.0.0.0")
@@ -252,7 +252,7 @@ async def proxy(fresh: Server) -> AsyncIterator[tuple[Proxy, str]]:
     listener.close()
 
 
-async def test_silence_is_noticed_within_a_minute_and_mended(
+async def test_a_silent_network_is_noticed_within_a_minute(
     proxy: tuple[Proxy, str], fresh: Server, visit: Visit
 ) -> None:
     network, address = proxy
@@ -318,7 +318,7 @@ async def test_uploads_can_be_cancelled(url: str, visit: Visit) -> None:
 
 
 # --- What was wrong ---
-async def test_what_is_pasted_and_no_photo_gets_an_answer(url: str, visit: Visit) -> None:
+async def test_pasting_anything_but_a_photo_is_explained(url: str, visit: Visit) -> None:
     page = await connected(await visit(url))
     await page.evaluate(
         "dispatchEvent.call(document, new ClipboardEvent('paste', "
@@ -327,9 +327,7 @@ async def test_what_is_pasted_and_no_photo_gets_an_answer(url: str, visit: Visit
     await expect(page.locator("#refusals p")).to_contain_text(["no photo in what you pasted"])
 
 
-async def test_a_wish_that_no_camera_fulfils_means_that_there_is_none(
-    url: str, visit: Visit
-) -> None:
+async def test_a_camera_that_does_not_fit_counts_as_none(url: str, visit: Visit) -> None:
     page = await connected(await visit(url))
     await page.evaluate(
         "navigator.mediaDevices.getUserMedia = async () => "

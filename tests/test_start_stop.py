@@ -42,7 +42,7 @@ from server import Config, create_app, serve
 
 # --- The start ---
 @pytest.mark.parametrize("options", [["--port", "70000"], ["--host", "a b"]])
-def test_where_it_cannot_listen_it_says_so(options: list[str]) -> None:
+def test_an_address_that_cannot_be_used_is_named(options: list[str]) -> None:
     command = [sys.executable, str(ROOT / "server.py"), "--port", "0", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode != 0
@@ -67,7 +67,7 @@ def test_with_an_opencv_that_has_no_cascades_it_says_what_to_install() -> None:
     assert "requirements.txt" in done.stderr
 
 
-def test_without_a_network_it_starts_too(changed) -> None:
+def test_it_starts_without_a_network(changed) -> None:
     """As in a machine that has no route to anywhere."""
     no_route = """
 def connect(*_):
@@ -93,13 +93,13 @@ server.serve = serve"""
     assert (done.returncode, "A task failed" in done.stderr) == (0, True)
 
 
-def test_on_a_system_that_has_no_such_timeout_it_starts_too(changed) -> None:
+def test_it_starts_without_tcp_user_timeout(changed) -> None:
     """As macOS and Windows."""
     with run_server(program=changed('vars(socket).pop("TCP_USER_TIMEOUT", None)')):
         pass
 
 
-def test_where_others_may_come_in_it_says_at_which_address(changed) -> None:
+def test_it_prints_its_address_in_the_network(changed) -> None:
     route = 'socket.socket.connect = lambda probe, _: probe.bind(("127.0.0.1", 0))'
     with run_server("--host", "0.0.0.0", program=changed(route)) as server:
         assert server.url == f"http://127.0.0.1:{server.port}"
@@ -170,7 +170,7 @@ def test_an_address_of_ipv6_stands_in_brackets(ipv6) -> None:
         assert server.url == f"http://[::1]:{server.port}"
 
 
-def test_without_ipv6_it_starts_too(changed) -> None:
+def test_it_starts_without_ipv6(changed) -> None:
     no_ipv6 = """
 create = socket.create_server
 

@@ -238,7 +238,7 @@ def test_a_step_is_short(step, most):
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_a_step_is_the_one_before_and_one_idea_more(index):
+def test_a_step_adds_one_idea_to_the_one_before(index):
     before, after = (step.read_text().splitlines() for step in STEPS[index : index + 2])
     removed = [line for line in difflib.ndiff(before, after) if line.startswith("- ")]
     assert len(removed) <= MAX_REMOVED[index], "\n".join(removed)
@@ -323,7 +323,7 @@ async def test_the_url_opens_as_the_photo_with_a_box(room, client, step):
 
 
 @pytest.mark.parametrize("step", ["step4", "step5"])
-async def test_all_who_watch_get_each_url_and_who_has_left_does_no_harm(room, client, step):
+async def test_every_watcher_gets_each_url_after_another_has_left(room, client, step):
     room.start(f"python workshop/{step}.py")
     gone, *watchers = [await client.ws_connect("/faces") for _ in range(3)]
     await gone.close()
