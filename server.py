@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from email import errors, header, message_from_string, utils
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -40,6 +41,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from aiohttp.typedefs import Handler
 
 HERE = Path(__file__).resolve().parent  # the folder of this file
+MAX_PIXELS = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]
 log = logging.getLogger("faces")
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -79,6 +81,8 @@ JPEG = [cv2.IMWRITE_JPEG_QUALITY, 90]
 class BadPhoto(Exception):
     """The photo cannot be used; the text says why."""
 
+    status = 422
+
 
 class Face(NamedTuple):
     """A box in pixels from the top left corner of the photo, and the detector's score."""
@@ -111,7 +115,12 @@ def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[byte
 
 def decode(photo: bytes) -> Pixels:
     """Decode a photo, and turn it upright. Raises what annotate() raises."""
-    pixels = decode_within_limit(make_harmless(photo))
+    try:
+        pixels = cv2.imdecode(np.frombuffer(make_harmless(photo), np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise
+        raise BadPhoto(f"Over {MAX_PIXELS} pixels (OPENCV_IO_MAX_IMAGE_PIXELS).") from None
     if pixels is None:
         raise BadPhoto("The photo is damaged or cut short.")
     return pixels
@@ -129,8 +138,11 @@ def draw(pixels: Pixels, faces: list[Face]) -> None:
 CROWD = 12  # small faces, for which the photo is searched again at twice the size
 HAAR_SMALLEST = 33  # pixels, the side of the smallest window that is searched
 HAAR_PART = 38  # or 1/38 of the photo's longer side, if that is more: a large photo costs no more
+HAAR_STEP = 1.4  # from one size of windows to the next,
+HAAR_FINE_STEP = 1.05  # and in a close view
 HAAR_WINDOWS = 4000  # the most that are grouped, in quadratic time
 HAAR_BOXES = 1000  # the most that are looked at closely: it takes up to 3 ms for each
+HAAR_VIEW = 45  # pixels, the side of a close view, which shows 7/5 of the box
 HAAR_SCORE = 11  # windows that a face needs in its close views
 HAAR_DOUBTFUL = 9  # windows that are enough if the second cascade agrees,
 HAAR_SECOND = 12  # which means that it finds that many windows
@@ -174,7 +186,7 @@ class HaarDetector(threading.local):
 
     def propose(self, gray: np.ndarray) -> Sequence[Sequence[int]]:
         """Scan in coarse steps, and group the windows whose edges are within 0.4 of a side."""
-        windows = [tuple(window) for window in self.cascade.detectMultiScale(gray, 1.4, 0)]
+        windows = [tuple(window) for window in self.cascade.detectMultiScale(gray, HAAR_STEP, 0)]
         windows.sort()  # OpenCV's threads find them in any order
         some = windows[:: 1 + len(windows) // HAAR_WINDOWS]  # from all parts of the photo
         boxes, _ = cv2.groupRectangles(some * 2, 1, 0.4)  # twice: OpenCV drops a group of one
@@ -183,7 +195,8 @@ class HaarDetector(threading.local):
     def look_closely(self, gray: np.ndarray, x: int, y: int, side: int) -> int:
         """Return the score of a box: upright, in the eyes of the second cascade, or tilted."""
         middle, around = (x + side / 2, y + side / 2), side * 7 // 5
-        upright = cv2.resize(cv2.getRectSubPix(gray, (around, around), middle), (45, 45))
+        view = (HAAR_VIEW, HAAR_VIEW)
+        upright = cv2.resize(cv2.getRectSubPix(gray, (around, around), middle), view)
         score = count_windows(self.cascade, upright)
         doubtful = HAAR_DOUBTFUL <= score < HAAR_SCORE
         if doubtful and count_windows(self.second, upright) >= HAAR_SECOND:
@@ -191,18 +204,18 @@ class HaarDetector(threading.local):
 
         for degrees in (-HAAR_TILT, HAAR_TILT):
             if HAAR_HINT <= score < HAAR_SCORE:
-                turn = cv2.getRotationMatrix2D(middle, degrees, 45 / around)
-                turn[:, 2] += np.subtract(22.5, middle)  # to the middle of the view
-                tilted = cv2.warpAffine(gray, turn, (45, 45), borderMode=cv2.BORDER_REPLICATE)
+                turn = cv2.getRotationMatrix2D(middle, degrees, HAAR_VIEW / around)
+                turn[:, 2] += np.subtract(HAAR_VIEW / 2, middle)  # to the middle of the view
+                tilted = cv2.warpAffine(gray, turn, view, borderMode=cv2.BORDER_REPLICATE)
                 score = max(score, count_windows(self.cascade, tilted))
         return score
 
 
 def count_windows(cascade: cv2.CascadeClassifier, view: np.ndarray) -> int:
     """Count the windows in a close view and in its mirror image, where a face is one too."""
-    count = len(cascade.detectMultiScale(view, 1.05, 0))
+    count = len(cascade.detectMultiScale(view, HAAR_FINE_STEP, 0))
     if count:
-        count += len(cascade.detectMultiScale(cv2.flip(view, 1), 1.05, 0))
+        count += len(cascade.detectMultiScale(cv2.flip(view, 1), HAAR_FINE_STEP, 0))
     return count
 
 
@@ -259,14 +272,6 @@ class ImageStore:
 
 
 # --- What the application holds, and whom it tells ---
-class Watcher(NamedTuple):
-    """Somebody at the websocket."""
-
-    base: str  # the URL by which they know the server
-    wants_json: bool
-    transport: asyncio.Transport
-
-
 Annotate = Callable[[web.Application, str | None, bytes], Coroutine[Any, Any, Image]]
 
 CONFIG = web.AppKey("CONFIG", Config)
@@ -274,30 +279,27 @@ DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 THREADS = web.AppKey("THREADS", ThreadPoolExecutor)
 ANNOTATE: web.AppKey[Annotate] = web.AppKey("ANNOTATE")
 IMAGES = web.AppKey("IMAGES", ImageStore)
-WATCHERS: web.AppKey[dict[web.WebSocketResponse, Watcher]] = web.AppKey("WATCHERS")
+WATCHERS: web.AppKey[dict[web.WebSocketResponse, web.Request]] = web.AppKey("WATCHERS")
 
 
 async def announce(app: web.Application, image: Image) -> None:
     """Send the URL of an image, or its JSON, to every watcher."""
     # While one is sent to, others come and go; so the loop needs a copy.
-    for websocket, watcher in list(app[WATCHERS].items()):
-        cut_off_if_deaf(watcher)
-        description = image.describe(watcher.base)
-        text = json.dumps(description) if watcher.wants_json else description["url"]
+    for websocket, request in list(app[WATCHERS].items()):
+        cut_off_if_deaf(request)
+        description = image.describe(base_url(request))
+        wants_json = request.query.get("format") == "json"
         with suppress(ConnectionError):  # it has just left
-            await websocket.send_str(text)
+            await websocket.send_str(json.dumps(description) if wants_json else description["url"])
 
 
 async def get_faces(request: web.Request) -> web.WebSocketResponse:
     """GET /faces: a websocket that gets the URL of each new image; by ?format=json, its JSON."""
     websocket = make_websocket(request)
     await websocket.prepare(request)
-    assert request.transport
-    wants_json = request.query.get("format") == "json"
-    watcher = Watcher(base_url(request), wants_json, request.transport)
-    request.app[WATCHERS][websocket] = watcher
+    request.app[WATCHERS][websocket] = request
     try:
-        await listen(websocket, watcher)
+        await listen(websocket, request)
     finally:
         del request.app[WATCHERS][websocket]
     return websocket
@@ -309,9 +311,8 @@ STATIC = HERE / "static"  # the page; the server also runs without it
 
 async def get_home(request: web.Request) -> web.StreamResponse:
     """GET /: the page in a browser, and for curl the commands to try."""
-    page = STATIC / "index.html"
-    if page.exists() and "text/html" in request.headers.get("Accept", ""):
-        return web.FileResponse(page, headers=PAGE_HEADERS)
+    if STATIC.is_dir() and "text/html" in request.headers.get("Accept", ""):
+        return web.FileResponse(STATIC / "index.html")
     address = base_url(request).partition("//")[2].rstrip("/")
     return web.Response(text=USAGE.format(address))
 
@@ -336,7 +337,10 @@ async def make_image(app: web.Application, filename: str | None, photo: bytes) -
 
 async def get_image(request: web.Request) -> web.StreamResponse:
     """GET /image/{id}: the photo with its boxes; by ?width=480, a small one."""
-    return await send_image(request)
+    is_small = request.query.get("width") == str(SMALL_WIDTH)
+    if is_small:
+        await make_small(request)
+    return await send_in_pieces(request, is_small)
 
 
 async def get_meta(request: web.Request) -> web.Response:
@@ -347,7 +351,12 @@ async def get_meta(request: web.Request) -> web.Response:
 
 async def get_images(request: web.Request) -> web.Response:
     """GET /image: a line of JSON for each image, the newest first."""
-    lines = await list_in_turns(await request.app[IMAGES].newest(), base_url(request))
+    lines = []
+    for image in await request.app[IMAGES].newest():
+        description = image.describe(base_url(request))
+        description["face_count"] = len(description.pop("faces"))
+        lines.append(json.dumps(description))
+        await asyncio.sleep(0)  # others come in between
     return web.json_response(text="[\n" + ",\n".join(lines) + "\n]\n")
 
 
@@ -356,6 +365,16 @@ async def post_detect(request: web.Request) -> web.Response:
     _, photo = await read_photo(request)
     _, found = await run_job(request.app, run_in_thread(request.app, photo, drawn=False))
     return reply(found)
+
+
+async def get_docs(request: web.Request) -> web.FileResponse:
+    """GET /docs: the API, for people."""
+    return web.FileResponse(STATIC / "docs.html")
+
+
+async def get_openapi(request: web.Request) -> web.FileResponse:
+    """GET /openapi.json: the API, for programs."""
+    return web.FileResponse(STATIC / "openapi.json")
 
 
 async def get_health(request: web.Request) -> web.Response:
@@ -390,7 +409,11 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
     app.router.add_get("/health", get_health)
     app.router.add_get("/join.png", get_join)
     if STATIC.is_dir():
-        add_files(app)
+        app.router.add_static("/static", STATIC)
+        app.router.add_get("/docs", get_docs)
+        app.router.add_get("/openapi.json", get_openapi)
+    else:
+        log.warning("There is no page: %s is missing.", STATIC)
     return app
 
 
@@ -416,6 +439,8 @@ PNG_CHUNKS = (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND")  # of a still picture
 class WrongFormat(BadPhoto):
     """It is not a JPEG, PNG, WebP or GIF."""
 
+    status = 415
+
 
 def make_harmless(photo: bytes) -> bytes:
     """Return a photo that OpenCV can be given. Raises BadPhoto."""
@@ -433,17 +458,6 @@ def make_harmless(photo: bytes) -> bytes:
     if is_jpeg and (photo.count(SCAN) > MAX_SCANS or ARITHMETIC.search(photo)):
         raise BadPhoto(f"The JPEG has over {MAX_SCANS} scans, or arithmetic coding.")
     return photo
-
-
-def decode_within_limit(photo: bytes) -> Pixels | None:
-    """Decode a photo; None if it is damaged. Raises BadPhoto if it has too many pixels."""
-    try:
-        return cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        if error.code == cv2.Error.StsNoMem:
-            raise
-        limit = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]
-        raise BadPhoto(f"Over {limit} pixels (OPENCV_IO_MAX_IMAGE_PIXELS).") from None
 
 
 def plain_exif(webp: bytes) -> bytes:
@@ -514,22 +528,19 @@ def find_file(form: bytes, content_type: str) -> tuple[str, bytes]:
 
     A form of short lines would keep aiohttp's own reader, and so everybody, busy for seconds.
     """
-    form = b"\r\n" + form.lstrip()
-    named = re.search('boundary="?([^";]+)', content_type, re.IGNORECASE)
-    first_line = form.split(b"\r\n", 2)[1]
-    line = f"--{named[1].rstrip()}".encode(errors="replace") if named else first_line
-    delimiter = b"\r\n" + line
-    parts, end, _ = form.partition(delimiter + b"--")
+    boundary = message_from_string(f"Content-Type: {content_type}").get_boundary()
+    first_line = form.lstrip().partition(b"\r\n")[0]
+    line = f"--{boundary}".encode(errors="replace") if boundary else first_line
+    parts, end, _ = (b"\r\n" + form).partition(b"\r\n" + line + b"--")
     files = []
-    for part in parts.split(delimiter, MAX_PARTS)[1:]:
+    for part in parts.split(b"\r\n" + line, MAX_PARTS)[1:]:
         headers, _, content = part.partition(b"\r\n\r\n")
         filename = find_filename(headers.lstrip())
         if filename is not None and content:
             files.append((filename, content))
-    if end and not files:
-        raise web.HTTPBadRequest(text="The form has not one file: give the photo a filename.")
     if len(files) != 1 or not end:
-        raise web.HTTPBadRequest(text="The form must be complete and have exactly one file.")
+        text = "The form must be complete and have exactly one file: a part with a filename."
+        raise web.HTTPBadRequest(text=text)
     return files[0]
 
 
@@ -553,7 +564,6 @@ def find_filename(headers: bytes) -> str | None:
 # --- Other sites ---
 # Anybody can make a name with a dot resolve to this machine (DNS rebinding).
 LOCAL_HOST = re.compile(r"([\w-]+|[\d.]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
-ANY_HOST = re.compile(r"([\w.-]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
 
 
 @web.middleware
@@ -572,10 +582,10 @@ async def refuse_other_sites(request: web.Request, handler: Handler) -> web.Stre
 
 
 def is_own_host(config: Config, host: str) -> bool:
-    """Tell whether a Host header means this server."""
-    pattern = LOCAL_HOST if config.host in ("127.0.0.1", "::1", "localhost") else ANY_HOST
-    name = host.lower().partition(":")[0]
-    return name == urlsplit(config.public_url).hostname or pattern.fullmatch(host) is not None
+    """Tell whether a Host header means this server; in a network, its names are not known."""
+    if config.host not in ("127.0.0.1", "::1", "localhost") or LOCAL_HOST.fullmatch(host):
+        return True
+    return urlsplit(f"//{host}").hostname == urlsplit(config.public_url).hostname
 
 
 def is_allowed(config: Config, host: str | None, origin: str) -> bool:
@@ -605,6 +615,7 @@ async def set_headers(request: web.Request, response: web.StreamResponse) -> Non
     for name in ("Origin", "Methods", "Headers"):
         response.headers.setdefault(f"Access-Control-Allow-{name}", "*")
     response.headers.setdefault("Cache-Control", "no-cache")  # browsers would keep an old page
+    response.headers.setdefault("Content-Security-Policy", "frame-ancestors 'none'")
     response.headers["Vary"] = "Accept, Origin"  # what a browser keeps is for the same site only
 
 
@@ -628,7 +639,6 @@ async def run_job(app: web.Application, work: Coroutine[Any, Any, T]) -> T:
     job = asyncio.create_task(work)
     app[JOBS].add(job)
     job.add_done_callback(app[JOBS].discard)
-    job.add_done_callback(lambda job: job.cancelled() or job.exception())  # maybe nobody else
     try:
         return await asyncio.shield(job)
     finally:
@@ -643,35 +653,26 @@ async def run_in_thread(app: web.Application, photo: bytes, drawn: bool) -> tupl
     return jpeg, found
 
 
-async def list_in_turns(images: list[Image], base: str) -> list[str]:
-    """Return a line of JSON for each image; others come in between."""
-    lines = []
-    for image in images:
-        description = image.describe(base)
-        faces = description.pop("faces")  # a hundred crowds would be megabytes
-        lines.append(json.dumps(description | {"face_count": len(faces)}))
-        await asyncio.sleep(0)
-    return lines
-
-
-async def send_image(request: web.Request) -> web.StreamResponse:
-    """Send an image in pieces. Each is looked up: a slow client holds no image that was dropped."""
-    if wants_small(request):
-        await make_small(request)
+async def send_in_pieces(request: web.Request, is_small: bool) -> web.StreamResponse:
+    """Send a JPEG. Each piece is looked up: a slow client holds no image that was dropped."""
     response = web.StreamResponse(headers=IMAGE_HEADERS)
-    size = response.content_length = len(choose_jpeg(request, await find_image(request)))
+    size = response.content_length = len(await find_jpeg(request, is_small))
     await response.prepare(request)
-    if request.method == "HEAD":
-        return response
-    assert request.transport
     try:
         for at in range(0, size, PIECE):
-            piece = choose_jpeg(request, await find_image(request))[at : at + PIECE]
+            piece = (await find_jpeg(request, is_small))[at : at + PIECE]
             async with asyncio.timeout(request.app[CONFIG].upload_timeout):
                 await response.write(piece)
     except Exception:  # or an error page would be written into the image
-        request.transport.abort()
+        if request.transport:
+            request.transport.abort()
     return response
+
+
+async def find_jpeg(request: web.Request, is_small: bool) -> bytes:
+    """Return the small or the full JPEG that a request asks for. Raises HTTPNotFound."""
+    image = await find_image(request)
+    return image.small if is_small else image.jpeg
 
 
 def make_websocket(request: web.Request) -> web.WebSocketResponse:
@@ -693,23 +694,22 @@ def make_websocket(request: web.Request) -> web.WebSocketResponse:
     return websocket
 
 
-async def listen(websocket: web.WebSocketResponse, watcher: Watcher) -> None:
-    """Answer the pings of a watcher until it leaves, and cut it off if it floods the server."""
+async def listen(websocket: web.WebSocketResponse, request: web.Request) -> None:
+    """Answer the pings of a watcher until it leaves or floods the server."""
     times = deque[float](maxlen=MAX_MESSAGES)  # of its last messages
     async for message in websocket:
+        cut_off_if_deaf(request)
         times.append(time.monotonic())
         if len(times) == MAX_MESSAGES and times[-1] - times[0] < 10:
-            watcher.transport.abort()  # what else it has sent is dropped
             break
         if message.type is WSMsgType.PING:
-            cut_off_if_deaf(watcher)
             await websocket.pong(message.data)
 
 
-def cut_off_if_deaf(watcher: Watcher) -> None:
+def cut_off_if_deaf(request: web.Request) -> None:
     """Cut off a watcher that does not read, so that no messages pile up."""
-    if watcher.transport.get_write_buffer_size() > MAX_UNREAD:
-        watcher.transport.abort()
+    if request.transport and request.transport.get_write_buffer_size() > MAX_UNREAD:
+        request.transport.abort()
 
 
 # --- The room: how others join, and images that fit its Wi-Fi ---
@@ -727,8 +727,8 @@ def url_for_others(request: web.Request) -> str:
 
 async def get_join(request: web.Request) -> web.Response:
     """GET /join.png: a QR code of the URL for others."""
-    code = await run_job(request.app, asyncio.to_thread(encode_qr, url_for_others(request)))
-    return web.Response(body=cv2.imencode(".png", code)[1].tobytes(), content_type="image/png")
+    _, png = cv2.imencode(".png", encode_qr(url_for_others(request)))
+    return web.Response(body=png.tobytes(), content_type="image/png")
 
 
 def encode_qr(text: str) -> Pixels:
@@ -743,56 +743,28 @@ def draw_in_terminal(code: Pixels) -> str:
     return "".join(f"  \033[97;40m{''.join(line)}\033[0m\n" for line in blocks)
 
 
-def wants_small(request: web.Request) -> bool:
-    """Tell whether a request asks for the small JPEG of an image."""
-    return request.query.get("width") == str(SMALL_WIDTH)
-
-
 async def make_small(request: web.Request) -> None:
     """Make the small JPEG of an image and keep it. One at a time: many ask for the same."""
     async with request.app[SHRINKING]:
         image = await find_image(request)
-        if not image.small and image.found["width"] > SMALL_WIDTH:
+        if not image.small:
             small = await run_job(request.app, asyncio.to_thread(shrink, image.jpeg))
             await request.app[IMAGES].put(replace(image, small=small))
 
 
 def shrink(jpeg: bytes) -> bytes:
-    """Return a JPEG of SMALL_WIDTH."""
+    """Return a JPEG of SMALL_WIDTH, or of its own width if that is less."""
     pixels = decode(jpeg)
-    height = max(1, round(pixels.shape[0] * SMALL_WIDTH / pixels.shape[1]))
-    pixels = cv2.resize(pixels, (SMALL_WIDTH, height), interpolation=cv2.INTER_AREA)
+    height, width, _ = pixels.shape
+    scale = min(1, SMALL_WIDTH / width)
+    size = (round(width * scale), max(1, round(height * scale)))
+    pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
-
-
-def choose_jpeg(request: web.Request, image: Image) -> bytes:
-    """Return the JPEG of an image that a request asks for; it is never enlarged."""
-    return image.small if image.small and wants_small(request) else image.jpeg
-
-
-PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'"}  # no other site frames it
 
 
 def reply(data: Json, **options: Any) -> web.Response:
     """Return JSON that people can read in a terminal."""
     return web.json_response(text=json.dumps(data, indent=2) + "\n", **options)
-
-
-def add_files(app: web.Application) -> None:
-    """Add the files of STATIC to an application: the page, and the API for people and programs."""
-    app.router.add_static("/static", STATIC)
-    app.router.add_get("/docs", get_docs)
-    app.router.add_get("/openapi.json", get_openapi)
-
-
-async def get_docs(request: web.Request) -> web.FileResponse:
-    """GET /docs: the API, for people."""
-    return web.FileResponse(STATIC / "docs.html", headers=PAGE_HEADERS)
-
-
-async def get_openapi(request: web.Request) -> web.FileResponse:
-    """GET /openapi.json: the API, for programs."""
-    return web.FileResponse(STATIC / "openapi.json")
 
 
 async def find_image(request: web.Request) -> Image:
@@ -810,14 +782,15 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     try:
         return await handler(request)
     except web.HTTPError as error:
-        response = explain(request, error)
-    except WrongFormat as error:
-        response = explain(request, web.HTTPUnsupportedMediaType(text=str(error)))
+        del error.headers["Content-Type"]
+        detail = error.text
+        if error is request.match_info.http_exception:  # no such path or method
+            detail = f"There is no {request.method} {request.raw_path}; GET / tells what there is."
+        response = explain(request, error.status, detail, headers=error.headers)
     except BadPhoto as error:
-        response = explain(request, web.HTTPUnprocessableEntity(text=str(error)))
+        response = explain(request, error.status, str(error))
     except (MemoryError, cv2.error) as error:
-        text = str(error) or "Memory ran out."
-        response = explain(request, web.HTTPServiceUnavailable(text=text))
+        response = explain(request, 503, str(error) or "Memory ran out.")
 
     # Skip the rest of a refused body: a client that is still sending would miss the answer.
     if not request.content.at_eof():
@@ -830,21 +803,16 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     return response
 
 
-def explain(request: web.Request, error: web.HTTPError) -> web.Response:
+def explain(request: web.Request, status: int, detail: str | None, **options: Any) -> web.Response:
     """Return an error as a problem document, and log it."""
-    method, path, status, detail = request.method, request.path, error.status, error.text
-    if error is request.match_info.http_exception:  # no such path or method
-        detail = f"There is no {method} {request.raw_path}; GET / tells what there is."
-    if isinstance(error, web.HTTPServiceUnavailable):
-        error.headers["Retry-After"] = "1"  # second
-    log.info("%s %s %r: %d %s", request.remote, method, path, status, detail)
-
-    problem = {"title": error.reason, "status": status, "detail": detail}
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
+    log.info("%s %s %r: %d %s", request.remote, request.method, request.path, status, detail)
+    problem = {"title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
         problem["limit"] = request.app[CONFIG].max_mb * 2**20  # bytes
-    kind = "application/problem+json"
-    del error.headers["Content-Type"]
-    return reply(problem, status=status, headers=error.headers, content_type=kind)
+    response = reply(problem, status=status, content_type="application/problem+json", **options)
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        response.headers["Retry-After"] = "1"  # second
+    return response
 
 
 # ======== More detectors: YuNet, and what a file brings ========
@@ -921,6 +889,8 @@ def load_cascade(xml: bytes) -> cv2.CascadeClassifier:
 
 # ======== Start and stop ========
 LONGEST_STOP = 4  # seconds for the photos under way; Docker kills after 10
+MOST = 1_000_000  # that a number may be: the milliseconds of a timeout must fit into a C int
+PUBLIC_URL = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:[1-6]?\d{1,4})?(/[\w.~%/-]*)?", re.ASCII)
 USAGE = """
   open    http://{0}
   watch   wscat -c ws://{0}/faces
@@ -935,10 +905,6 @@ async def finish(app: web.Application) -> None:
     goodbyes = [each.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in app[WATCHERS]]
     await asyncio.gather(*goodbyes)
     app[THREADS].shutdown(wait=False, cancel_futures=True)  # a photo can take a minute
-
-
-MOST = 1_000_000  # that a number may be: the seconds of a timeout must fit into a C int
-PUBLIC_URL = re.compile(rf"https?://{ANY_HOST.pattern}(/[\w.~%/-]*)?", re.ASCII)
 
 
 def check(config: Config) -> Config:
@@ -968,15 +934,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def address_for_others(host: str) -> str:
-    """Return the address of this machine in its network if it listens on all, else the host."""
-    if host in ("0.0.0.0", "::"):
-        with socket.socket(type=socket.SOCK_DGRAM) as probe, suppress(OSError):
-            probe.connect(("192.0.2.1", 9))  # sends nothing, but gets an address
-            host = probe.getsockname()[0]
-    return f"[{host}]" if ":" in host else host
-
-
 def listen_on(config: Config) -> list[socket.socket]:
     """Listen on an address; for 127.0.0.1 also on ::1, since localhost may mean either."""
     host, port = config.host, config.port
@@ -984,13 +941,24 @@ def listen_on(config: Config) -> list[socket.socket]:
     listeners = [socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")]
     if host in ("127.0.0.1", "localhost"):
         port = listeners[0].getsockname()[1]
-        with suppress(OSError):  # there is no IPv6 here, or the port is taken
+        try:
             listeners.append(socket.create_server(("::1", port), family=socket.AF_INET6))
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux cuts off who does not read; milliseconds
-        timeout = min(1000 * config.upload_timeout, 2**31 - 1)  # the most that it takes
+        except OSError as error:  # there is no IPv6 here, or the port is taken
+            log.warning("Not listening on ::1: %s", error)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux cuts off who does not read
+        milliseconds = 1000 * config.upload_timeout
         for each in listeners:
-            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
+            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     return listeners
+
+
+def address_for_others(host: str) -> str:
+    """Return the address of this machine in its network if it listens on all, else the host."""
+    if host in ("0.0.0.0", "::"):
+        with socket.socket(type=socket.SOCK_DGRAM) as probe, suppress(OSError):
+            probe.connect(("192.0.2.1", 9))  # sends nothing, but gets an address
+            host = probe.getsockname()[0]
+    return f"[{host}]" if ":" in host else host
 
 
 def serve(app: web.Application) -> None:
