@@ -277,8 +277,8 @@ Annotate = Callable[[web.Application, str | None, bytes], Coroutine[Any, Any, Im
 CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 THREADS = web.AppKey("THREADS", ThreadPoolExecutor)
-ANNOTATE: web.AppKey[Annotate] = web.AppKey("ANNOTATE")
-IMAGES = web.AppKey("IMAGES", ImageStore)
+ANNOTATE: web.AppKey[Annotate] = web.AppKey("ANNOTATE")  # make_image(); cluster/ has its own
+IMAGES = web.AppKey("IMAGES", ImageStore)  # cluster/ has its own
 WATCHERS: web.AppKey[dict[web.WebSocketResponse, web.Request]] = web.AppKey("WATCHERS")
 
 
