@@ -585,7 +585,7 @@ def is_own_host(config: Config, host: str) -> bool:
     """Tell whether a Host header means this server; in a network, its names are not known."""
     if config.host not in ("127.0.0.1", "::1", "localhost") or LOCAL_HOST.fullmatch(host):
         return True
-    return urlsplit(f"//{host}").hostname == urlsplit(config.public_url).hostname
+    return host.lower().partition(":")[0] == urlsplit(config.public_url).hostname
 
 
 def is_allowed(config: Config, host: str | None, origin: str) -> bool:
