@@ -590,9 +590,9 @@ def is_own_host(config: Config, host: str) -> bool:
 
 def is_allowed(config: Config, host: str | None, origin: str) -> bool:
     """Tell whether pages of an origin may use the server: its own, and those of the option."""
-    sites = [f"http://{host}", f"https://{host}".removesuffix(":80")]  # a proxy takes TLS off
-    sites += [config.public_url or sites[0], *config.allow_origin]
-    return "*" in sites or normalize(origin) in [normalize(site) for site in sites]
+    own = [config.public_url, f"http://{host}", f"https://{host}".removesuffix(":80")]
+    allowed = [normalize(site) for site in [*own, *config.allow_origin]]
+    return "*" in config.allow_origin or normalize(origin) in allowed
 
 
 def normalize(url: str) -> str:
@@ -639,6 +639,7 @@ async def run_job(app: web.Application, work: Coroutine[Any, Any, T]) -> T:
     job = asyncio.create_task(work)
     app[JOBS].add(job)
     job.add_done_callback(app[JOBS].discard)
+    job.add_done_callback(lambda job: job.cancelled() or job.exception())  # maybe nobody else asks
     try:
         return await asyncio.shield(job)
     finally:
