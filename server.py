@@ -564,6 +564,7 @@ def find_filename(headers: bytes) -> str | None:
 # --- Other sites ---
 # Anybody can make a name with a dot resolve to this machine (DNS rebinding).
 LOCAL_HOST = re.compile(r"([\w-]+|[\d.]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
+ANY_HOST = re.compile(r"([\w.-]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
 
 
 @web.middleware
@@ -582,17 +583,18 @@ async def refuse_other_sites(request: web.Request, handler: Handler) -> web.Stre
 
 
 def is_own_host(config: Config, host: str) -> bool:
-    """Tell whether a Host header means this server; in a network, its names are not known."""
-    if config.host not in ("127.0.0.1", "::1", "localhost") or LOCAL_HOST.fullmatch(host):
-        return True
-    return host.lower().partition(":")[0] == urlsplit(config.public_url).hostname
+    """Tell whether a Host header means this server."""
+    pattern = LOCAL_HOST if config.host in ("127.0.0.1", "::1", "localhost") else ANY_HOST
+    name = host.lower().partition(":")[0]
+    return name == urlsplit(config.public_url).hostname or pattern.fullmatch(host) is not None
 
 
 def is_allowed(config: Config, host: str | None, origin: str) -> bool:
     """Tell whether pages of an origin may use the server: its own, and those of the option."""
-    own = [config.public_url, f"http://{host}", f"https://{host}".removesuffix(":80")]
-    allowed = [normalize(site) for site in [*own, *config.allow_origin]]
-    return "*" in config.allow_origin or normalize(origin) in allowed
+    sites = [f"http://{host}", f"https://{host}".removesuffix(":80"), *config.allow_origin]
+    if config.public_url:  # a proxy may pass another Host
+        sites.append(config.public_url)
+    return "*" in sites or normalize(origin) in [normalize(site) for site in sites]
 
 
 def normalize(url: str) -> str:
@@ -665,8 +667,7 @@ async def send_in_pieces(request: web.Request, is_small: bool) -> web.StreamResp
             async with asyncio.timeout(request.app[CONFIG].upload_timeout):
                 await response.write(piece)
     except Exception:  # or an error page would be written into the image
-        if request.transport:
-            request.transport.abort()
+        cut_off(request)
     return response
 
 
@@ -702,7 +703,8 @@ async def listen(websocket: web.WebSocketResponse, request: web.Request) -> None
         cut_off_if_deaf(request)
         times.append(time.monotonic())
         if len(times) == MAX_MESSAGES and times[-1] - times[0] < 10:
-            break
+            cut_off(request)
+            break  # what else it has sent is dropped
         if message.type is WSMsgType.PING:
             await websocket.pong(message.data)
 
@@ -710,6 +712,12 @@ async def listen(websocket: web.WebSocketResponse, request: web.Request) -> None
 def cut_off_if_deaf(request: web.Request) -> None:
     """Cut off a watcher that does not read, so that no messages pile up."""
     if request.transport and request.transport.get_write_buffer_size() > MAX_UNREAD:
+        cut_off(request)
+
+
+def cut_off(request: web.Request) -> None:
+    """End the connection of a client at once, whatever is still to be sent."""
+    if request.transport:  # else it has left by itself
         request.transport.abort()
 
 
