@@ -5,8 +5,8 @@
 # ///
 """A face detection server: post a photo, get it back with a box around each face."""
 # The story comes first: what the server does, up to create_app(). A teacher shows this part.
-# Then, what keeps a hostile client from hurting others: read on there when the story calls it.
-# Last, more detectors, then start and stop: the command line, listening, the goodbye.
+# Then comes what keeps a hostile client from hurting others.
+# Last come the detectors, and start and stop: the command line, listening, the goodbye.
 
 import argparse
 import asyncio
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
-# OpenCV reads this limit when it is imported, and aborts if it is no number.
+# OpenCV reads this limit when it is imported; if it is no number, C++ ends the whole process.
 os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = os.getenv("OPENCV_IO_MAX_IMAGE_PIXELS") or "67108864"
 if not re.fullmatch("[1-9][0-9]{0,17}", os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]):
     sys.exit("OPENCV_IO_MAX_IMAGE_PIXELS must be a whole number above 0.")
@@ -40,7 +40,7 @@ import numpy as np
 from aiohttp import WSCloseCode, WSMsgType, web
 from aiohttp.typedefs import Handler
 
-HERE = Path(__file__).resolve().parent  # the folder of this file
+HERE = Path(__file__).resolve().parent
 MAX_PIXELS = os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]
 log = logging.getLogger("faces")
 Json = dict[str, Any]
@@ -48,9 +48,9 @@ T = TypeVar("T")
 
 
 # --- The settings ---
-def option(default: T, explanation: str, least: int = 0) -> T:
-    """Return a field of Config with its default, what --help says of it, and its least number."""
-    return field(default=default, metadata={"help": explanation, "least": least})
+def option(default: T, explanation: str, minimum: int = 0) -> T:
+    """Return a field of Config: its default, what --help says of it, and its minimum."""
+    return field(default=default, metadata={"help": explanation, "minimum": minimum})
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Config:
     allow_origin: tuple[str, ...] = option((), "site that may use it, or *; repeatable")
     keep: int = option(100, "images to keep")
     keep_mb: int = option(128, "MiB of images to keep")
-    max_mb: int = option(20, "MiB of the largest body", least=1)
-    upload_timeout: int = option(40, "seconds for an upload, or for a client to read", least=1)
-    threads: int = option(os.cpu_count() or 1, "photos to work on at a time", least=1)
+    max_mb: int = option(20, "MiB of the largest body", minimum=1)
+    upload_timeout: int = option(40, "seconds for an upload, or for a client to read", minimum=1)
+    threads: int = option(os.cpu_count() or 1, "photos to work on at a time", minimum=1)
     queue: int = option(8, "photos that may wait for each thread")
     max_clients: int = option(500, "watchers at a time")
     model: str = option("", "yunet, or a file: .onnx of YuNet, .xml of a cascade")
@@ -75,13 +75,15 @@ class Config:
 # --- A photo: bytes in, bytes out ---
 Pixels = np.ndarray  # BGR, (height, width, 3), uint8
 Detector = Callable[[Pixels], list["Face"]]
-JPEG = [cv2.IMWRITE_JPEG_QUALITY, 90]
+SMALL_WIDTH = 480  # pixels, of an image for phones
 
 
 class BadPhoto(Exception):
-    """The photo cannot be used; the text says why."""
+    """The photo cannot be used; the text says why, and the status is that of the answer."""
 
-    status = 422
+    def __init__(self, text: str, status: int = 422) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class Face(NamedTuple):
@@ -97,7 +99,7 @@ class Face(NamedTuple):
 def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[bytes, Json]:
     """Draw a box around each face in a photo; return the JPEG (b"" unless drawn), and the boxes.
 
-    Many threads may do so at once. Raises BadPhoto; MemoryError or cv2.error if memory runs out.
+    Many threads may call it at once. Raises BadPhoto; MemoryError or cv2.error if memory runs out.
     """
     pixels = decode(photo)
     height, width, _ = pixels.shape
@@ -107,16 +109,17 @@ def annotate(photo: bytes, detector: Detector, drawn: bool = True) -> tuple[byte
         return b"", found
 
     draw(pixels, faces)
-    encoded, jpeg = cv2.imencode(".jpg", pixels, JPEG)
+    encoded, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
     if not encoded:
         raise BadPhoto("A side is over 65,500 pixels, too long for a JPEG.")
     return jpeg.tobytes(), found
 
 
 def decode(photo: bytes) -> Pixels:
-    """Decode a photo, and turn it upright. Raises what annotate() raises."""
+    """Decode a photo, and turn it upright by its EXIF data. Raises what annotate() raises."""
+    content = np.frombuffer(make_harmless(photo), np.uint8)
     try:
-        pixels = cv2.imdecode(np.frombuffer(make_harmless(photo), np.uint8), cv2.IMREAD_COLOR)
+        pixels = cv2.imdecode(content, cv2.IMREAD_COLOR)
     except cv2.error as error:
         if error.code == cv2.Error.StsNoMem:
             raise
@@ -129,24 +132,621 @@ def decode(photo: bytes) -> Pixels:
 def draw(pixels: Pixels, faces: list[Face]) -> None:
     """Draw a box around each face: green with a black edge, to stand out on any photo."""
     thickness = max(2, max(pixels.shape) // 250)  # pixels; more on a large photo
-    for *box, _ in faces:
-        cv2.rectangle(pixels, box, (0, 0, 0), 2 * thickness)
-        cv2.rectangle(pixels, box, (0, 255, 0), thickness)
+    for face in faces:
+        cv2.rectangle(pixels, face[:4], (0, 0, 0), 2 * thickness)
+        cv2.rectangle(pixels, face[:4], (0, 255, 0), thickness)
 
 
-# --- The detectors ---
-CROWD = 12  # small faces, for which the photo is searched again at twice the size
+def shrink(jpeg: bytes) -> bytes:
+    """Return a JPEG of SMALL_WIDTH, or of its own width if that is less."""
+    pixels = decode(jpeg)
+    height, width, _ = pixels.shape
+    scale = min(1, SMALL_WIDTH / width)
+    size = (round(width * scale), max(1, round(height * scale)))
+    pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+
+
+# --- The images that are kept ---
+@dataclass
+class Image:
+    """An annotated photo."""
+
+    id: str
+    filename: str | None
+    jpeg: bytes
+    found: Json  # its width, height, faces and took_ms
+    created: float  # seconds since 1970
+    small: bytes = b""  # the JPEG for phones, once somebody has asked for it
+
+    def describe(self, base: str) -> Json:
+        """Return all but the JPEGs, for a client who knows the server by this base URL."""
+        url = f"{base}image/{self.id}"
+        return {"id": self.id, "url": url, "filename": self.filename} | self.found
+
+
+class ImageStore:
+    """Images in memory. Beyond its limits, the least recently used goes first."""
+
+    def __init__(self, keep: int, keep_mb: int) -> None:
+        self.keep, self.keep_mb = keep, keep_mb
+        self.images = OrderedDict[str, Image]()  # the least recently used first
+
+    async def put(self, image: Image) -> None:
+        """Keep an image; others go if there is no room, but never this one."""
+        self.images[image.id] = image
+        self.images.move_to_end(image.id)  # it may have been there
+        room = self.keep_mb * 2**20  # bytes
+        while len(self.images) > 1 and (len(self.images) > self.keep or self.size() > room):
+            self.images.popitem(last=False)
+
+    def size(self) -> int:
+        """Return the bytes of all JPEGs."""
+        return sum(len(image.jpeg) + len(image.small) for image in self.images.values())
+
+    async def get(self, image_id: str) -> Image | None:
+        """Return an image, which counts as a use of it."""
+        if image_id in self.images:
+            self.images.move_to_end(image_id)
+        return self.images.get(image_id)
+
+    async def newest(self) -> list[Image]:
+        """Return all images, the newest first."""
+        return sorted(self.images.values(), key=lambda image: image.created, reverse=True)
+
+    async def count(self) -> Json:
+        """Return how many images there are, and the bytes of their JPEGs."""
+        return {"images": len(self.images), "bytes": self.size()}
+
+
+# --- What the application holds, and whom it tells ---
+Annotate = Callable[[web.Application, str | None, bytes], Coroutine[Any, Any, Image]]
+CONFIG = web.AppKey("CONFIG", Config)
+DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
+THREADS = web.AppKey("THREADS", ThreadPoolExecutor)
+# cluster/ puts its own in place of the next two. Both are async, as it has to wait for others.
+ANNOTATE: web.AppKey[Annotate] = web.AppKey("ANNOTATE")  # make_image()
+IMAGES = web.AppKey("IMAGES", ImageStore)
+WATCHERS: web.AppKey[dict[web.WebSocketResponse, web.Request]] = web.AppKey("WATCHERS")
+ADDRESS = web.AppKey("ADDRESS", str)  # the URL that serve() prints
+SHRINKING = web.AppKey("SHRINKING", asyncio.Lock)
+JOBS: web.AppKey[set[asyncio.Task[Any]]] = web.AppKey("JOBS")  # photos that wait or are in work
+UPLOADED = web.AppKey("UPLOADED", Counter[str])  # the bytes that all uploads under way hold
+
+
+async def announce(app: web.Application, image: Image) -> None:
+    """Send the URL of an image, or its JSON, to every watcher."""
+    # While one is sent to, others come and go; so the loop needs a copy.
+    for websocket, request in list(app[WATCHERS].items()):
+        cut_off_if_deaf(request)
+        description = image.describe(base_url(request))
+        wants_json = request.query.get("format") == "json"
+        text = json.dumps(description) if wants_json else description["url"]
+        with suppress(ConnectionError):  # it has just left
+            await websocket.send_str(text)
+
+
+async def get_faces(request: web.Request) -> web.WebSocketResponse:
+    """GET /faces: a websocket that gets the URL of each new image; with ?format=json, its JSON."""
+    websocket = make_websocket(request)
+    await websocket.prepare(request)
+    request.app[WATCHERS][websocket] = request
+    try:
+        await wait_until_gone(websocket, request)
+    finally:
+        del request.app[WATCHERS][websocket]
+    return websocket
+
+
+# --- The handlers, in the order in which a user meets them ---
+STATIC = HERE / "static"  # the page; the server also runs without it
+USAGE = """
+  open    http://{0}
+  watch   wscat -c ws://{0}/faces
+  post    curl -F image=@samples/astronaut.jpg http://{0}/image
+"""
+
+
+async def get_home(request: web.Request) -> web.StreamResponse:
+    """GET /: the page in a browser, and for curl the commands to try."""
+    if STATIC.is_dir() and "text/html" in request.headers.get("Accept", ""):
+        return web.FileResponse(STATIC / "index.html")
+    address = base_url(request).partition("//")[2].rstrip("/")
+    return web.Response(text=USAGE.format(address))
+
+
+async def post_image(request: web.Request) -> web.Response:
+    """POST /image: annotate a photo, keep the image, announce it, and answer with its JSON."""
+    app = request.app
+    filename, photo = await read_photo(request)
+    image = await run_job(app, app[ANNOTATE](app, filename, photo))
+    description = image.describe(base_url(request))
+    return reply(description, status=201, headers={"Location": description["url"]})
+
+
+async def make_image(app: web.Application, filename: str | None, photo: bytes) -> Image:
+    """Annotate a photo, keep the image, and announce it."""
+    jpeg, found = await annotate_in_thread(app, photo, drawn=True)
+    image = Image(str(uuid.uuid4()), filename, jpeg, found, time.time())
+    await app[IMAGES].put(image)
+    await announce(app, image)
+    log.info("%r: %d faces in %d ms", filename, len(found["faces"]), found["took_ms"])
+    return image
+
+
+async def get_image(request: web.Request) -> web.StreamResponse:
+    """GET /image/{id}: the photo with its boxes; with ?width=480, a small one."""
+    response = web.StreamResponse(headers={"Cache-Control": "private, max-age=31536000, immutable"})
+    response.content_type = "image/jpeg"
+    response.content_length = len(await find_jpeg(request))
+    await response.prepare(request)
+    await send_in_pieces(request, response)
+    return response
+
+
+async def find_jpeg(request: web.Request) -> bytes:
+    """Return the small or the full JPEG that a request asks for. Raises HTTPNotFound."""
+    image = await find_image(request)
+    if request.query.get("width") != str(SMALL_WIDTH):
+        return image.jpeg
+    await asyncio.shield(make_small(request.app, image))  # even if this client leaves
+    return image.small
+
+
+async def make_small(app: web.Application, image: Image) -> None:
+    """Make the small JPEG of an image, unless it has one. One at a time: many ask for the same."""
+    async with app[SHRINKING]:
+        image.small = image.small or await asyncio.to_thread(shrink, image.jpeg)
+
+
+async def find_image(request: web.Request) -> Image:
+    """Return the image that a request asks for. Raises HTTPNotFound."""
+    image = await request.app[IMAGES].get(request.match_info["id"])
+    if image is None:
+        raise web.HTTPNotFound(text="There is no such image (any more: --keep, --keep-mb).")
+    return image
+
+
+async def get_meta(request: web.Request) -> web.Response:
+    """GET /image/{id}/meta: the JSON of its post."""
+    image = await find_image(request)
+    return reply(image.describe(base_url(request)))
+
+
+async def get_images(request: web.Request) -> web.Response:
+    """GET /image: a line of JSON for each image, the newest first."""
+    lines = []
+    for image in await request.app[IMAGES].newest():
+        description = image.describe(base_url(request))
+        faces = description.pop("faces")  # in a crowd, these would be long
+        lines.append(json.dumps(description | {"face_count": len(faces)}))
+        await asyncio.sleep(0)  # let others run
+    return web.json_response(text="[\n" + ",\n".join(lines) + "\n]\n")
+
+
+async def post_detect(request: web.Request) -> web.Response:
+    """POST /detect: find the faces in a photo, and keep nothing."""
+    _, photo = await read_photo(request)
+    _, found = await run_job(request.app, annotate_in_thread(request.app, photo, drawn=False))
+    return reply(found)
+
+
+async def get_docs(request: web.Request) -> web.FileResponse:
+    """GET /docs: the API, for people."""
+    return web.FileResponse(STATIC / "docs.html")
+
+
+async def get_openapi(request: web.Request) -> web.FileResponse:
+    """GET /openapi.json: the API, for programs."""
+    return web.FileResponse(STATIC / "openapi.json")
+
+
+async def get_health(request: web.Request) -> web.Response:
+    """GET /health: what the server holds, and what its page needs to know."""
+    app = request.app
+    held = {"clients": len(app[WATCHERS]), "queued": len(app[JOBS])} | await app[IMAGES].count()
+    for_page = {"join": url_for_others(request), "upload_timeout": app[CONFIG].upload_timeout}
+    return reply({"status": "ok"} | held | for_page)
+
+
+async def get_join(request: web.Request) -> web.Response:
+    """GET /join.png: a QR code of the URL for others."""
+    _, png = cv2.imencode(".png", encode_qr(url_for_others(request)))
+    return web.Response(body=png.tobytes(), content_type="image/png")
+
+
+def reply(data: Json, **options: Any) -> web.Response:
+    """Return JSON that people can read in a terminal."""
+    return web.json_response(text=json.dumps(data, indent=2) + "\n", **options)
+
+
+def create_app(config: Config = Config(), detector: Detector | None = None) -> web.Application:
+    """Return the server as an application. Raises OSError or ValueError if a setting is invalid."""
+    config = check(config)
+    app = web.Application(middlewares=[explain_errors, refuse_other_sites])
+    app[CONFIG] = config
+    app[DETECTOR] = detector or load_detector(config.model, config.min_score)
+    app[THREADS] = ThreadPoolExecutor(config.threads)
+    app[ANNOTATE] = make_image
+    app[IMAGES] = ImageStore(config.keep, config.keep_mb)
+    app[WATCHERS] = {}
+    app[JOBS] = set()
+    app[UPLOADED] = Counter()
+    app[SHRINKING] = asyncio.Lock()
+    app.on_response_prepare.append(set_headers)
+    app.on_shutdown.append(finish)
+
+    app.router.add_get("/", get_home, name="home")
+    app.router.add_get("/faces", get_faces)
+    app.router.add_post("/image", post_image)
+    app.router.add_put("/image", post_image)  # for curl -T
+    app.router.add_get("/image/{id}", get_image)
+    app.router.add_get("/image/{id}/meta", get_meta)
+    app.router.add_get("/image", get_images)
+    app.router.add_post("/detect", post_detect)
+    app.router.add_get("/health", get_health)
+    app.router.add_get("/join.png", get_join)
+    if STATIC.is_dir():
+        app.router.add_get("/docs", get_docs)
+        app.router.add_get("/openapi.json", get_openapi)
+        app.router.add_static("/static", STATIC)
+    else:
+        log.warning("There is no page: %s is missing.", STATIC)
+    return app
+
+
+# ======== The guards: what keeps a hostile client from hurting others ========
+# --- Photos that hurt ---
+FORMATS = re.compile(rb"\xff\xd8|\x89PNG|RIFF....WEBP|GIF8.{9}", re.DOTALL)  # OpenCV reads more
+OTHER_FORMATS = {  # by their first bytes
+    rb"....ftyp.{0,24}avi[fs]": "AVIF",
+    rb"....ftyp(he|mi|ms)": "HEIC (iPhone: Camera, Formats, Most Compatible; or use the page)",
+    rb"%PDF": "PDF",
+    rb"II\*\0|MM\0\*": "TIFF",
+    rb"BM": "BMP",
+    rb"\s{0,9}<(\?xml|svg)": "SVG",
+    rb"\s{0,9}[{[]|data:|/9j/|iVBOR|UklGR|R0lGO": "JSON or base64; send the bytes of the photo",
+}
+SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is elsewhere only by chance
+MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 64 megapixels
+# The frame of an arithmetic-coded JPEG: no browser reads it, and its scans take five times as long.
+ARITHMETIC = re.compile(rb"\xff[\xc9\xca]\0[\x0b\x11\x14]\x08....[\x01\x03\x04]", re.DOTALL)
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND")  # of a still picture
+
+
+def make_harmless(photo: bytes) -> bytes:
+    """Return a photo that OpenCV can be given. Raises BadPhoto."""
+    if not FORMATS.match(photo):
+        kinds = (kind for first, kind in OTHER_FORMATS.items() if re.match(first, photo, re.DOTALL))
+        kind = next(kinds, "something else")
+        raise BadPhoto(f"This is not a JPEG, PNG, WebP or GIF, but {kind}.", status=415)
+    if photo.startswith(b"\x89PNG"):
+        return still_png(photo)
+    if photo.startswith(b"RIFF"):
+        return plain_exif(photo)
+    if photo.startswith(b"GIF8") and photo[11] >= 2 << (photo[10] & 7):
+        return photo[:11] + b"\0" + photo[12:]  # OpenCV refuses a background without a color
+    is_jpeg = photo.startswith(b"\xff\xd8")
+    if is_jpeg and (photo.count(SCAN) > MAX_SCANS or ARITHMETIC.search(photo)):
+        raise BadPhoto(f"The JPEG has over {MAX_SCANS} scans, or arithmetic coding.")
+    return photo
+
+
+def plain_exif(webp: bytes) -> bytes:
+    """Move a mark that stands before the EXIF data to their end, or OpenCV overlooks them."""
+    before, mark, exif = webp.partition(b"Exif\0\0")
+    size = int.from_bytes(before[-4:], "little") - len(mark)  # a chunk has its type, size, data
+    return before + exif[:size] + mark + exif[size:]
+
+
+def still_png(png: bytes) -> bytes:
+    """Keep only what a still picture needs: on other chunks, OpenCV crashes or takes gigabytes."""
+    kept, at = bytearray(png[:8]), 8  # the signature
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4])  # length, type, data, checksum
+        if png[at + 4 : at + 8] in PNG_CHUNKS and end <= len(png):
+            kept += png[at:end]
+        at = end
+    return bytes(kept)
+
+
+# --- Uploads and forms ---
+UPLOADS_AT_ONCE = 8  # bodies of --max-mb that all uploads under way may hold together
+MAX_PARTS = 100  # of a form
+MAX_PART_HEADERS = 2048  # bytes
+MAX_PARAMETERS = 20  # of a part; the time to parse them grows with their square
+MAX_FILENAME = 255  # characters
+
+
+async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
+    """Return filename and content of the photo in a body or its form. Raises an HTTPError."""
+    filename, photo = None, await read_body(request)
+    if request.content_type == "multipart/form-data":
+        filename, photo = find_file(photo, request.headers["Content-Type"])
+    # curl labels -d and --data-binary alike, but -d has stripped the NULs: no photo any more.
+    if not photo or (request.content_type.endswith("urlencoded") and b"\0" not in photo):
+        raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
+    return filename, photo
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Read a body within the limits of its size, its time, and the memory of all uploads."""
+    config, uploaded = request.app[CONFIG], request.app[UPLOADED]
+    limit = config.max_mb * 2**20  # bytes
+    body = bytearray()
+    try:
+        async with asyncio.timeout(config.upload_timeout):
+            async for piece in request.content.iter_any():
+                body += piece
+                uploaded["bytes"] += len(piece)
+                if uploaded["bytes"] > UPLOADS_AT_ONCE * limit:
+                    raise web.HTTPServiceUnavailable(text="Too many uploads (--max-mb).")
+                if len(body) > limit:
+                    break
+                await asyncio.sleep(0)  # else a body of tiny chunks would hold the others up
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text="Too slow an upload (--upload-timeout).") from None
+    finally:
+        uploaded["bytes"] -= len(body)
+    photo = bytes(body) or await request.read()  # an application around may have read it already
+    if len(photo) > limit:
+        text = f"The body is over {config.max_mb} MiB (--max-mb)."
+        raise web.HTTPRequestEntityTooLarge(limit, text=text)
+    return photo
+
+
+def find_file(form: bytes, content_type: str) -> tuple[str, bytes]:
+    """Return name and content of the file in a form (RFC 7578). Raises HTTPBadRequest.
+
+    A form of short lines would keep aiohttp's own reader, and so everybody, busy for seconds.
+    """
+    boundary = message_from_string(f"Content-Type: {content_type}").get_boundary()
+    first_line = form.lstrip().partition(b"\r\n")[0]
+    line = f"--{boundary}".encode(errors="replace") if boundary else first_line
+    parts, end, _ = (b"\r\n" + form).partition(b"\r\n" + line + b"--")
+    files = []
+    for part in parts.split(b"\r\n" + line, MAX_PARTS)[1:]:
+        headers, _, content = part.partition(b"\r\n\r\n")
+        filename = find_filename(headers.lstrip())
+        if filename is not None and content:
+            files.append((filename, content))
+    if len(files) != 1 or not end:
+        text = "The form must be complete and have exactly one file: a part with a filename."
+        raise web.HTTPBadRequest(text=text)
+    return files[0]
+
+
+def find_filename(headers: bytes) -> str | None:
+    """Return the filename of a part, decoded and without folders; None if it is no file."""
+    if headers.count(b";") > MAX_PARAMETERS:
+        return None
+    message = message_from_string(headers[:MAX_PART_HEADERS].decode(errors="replace"))
+    try:
+        parameters = dict(message.get_params([], "Content-Disposition"))
+        name = parameters.get("filename")  # filename* comes last, and so wins
+        if isinstance(name, tuple):
+            name = utils.collapse_rfc2231_value(name)
+        elif name:
+            name = unquote(str(header.make_header(header.decode_header(name))))
+    except (ValueError, LookupError, TypeError, errors.MessageError):  # malformed
+        name = ""
+    return name and re.split(r"[/\\]", name)[-1].strip('"')[:MAX_FILENAME]
+
+
+# --- Other sites ---
+# Anybody can make a name with a dot resolve to this machine (DNS rebinding).
+LOCAL_HOST = re.compile(r"([\w-]+|[\d.]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
+ANY_HOST = re.compile(r"([\w.-]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
+
+
+@web.middleware
+async def refuse_other_sites(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse pages of other sites: a browser in this network would let any of them in."""
+    config, host = request.app[CONFIG], request.headers.get("Host")
+    if host is not None and not is_own_host(config, host):  # curl may leave it out, no browser does
+        raise web.HTTPForbidden(text=f"{host!r} is not this machine (--host, --public-url).")
+    origin = request.headers.get("Origin")
+    if origin is not None and not is_allowed(config, host, origin):
+        text = f"Pages of {origin!r} may not use this (--allow-origin; --public-url if it is this)."
+        raise web.HTTPForbidden(text=text)
+    if request.method == "OPTIONS" and request.match_info.http_exception:
+        return web.Response()  # a browser asks whether a page may post
+    return await handler(request)
+
+
+def is_own_host(config: Config, host: str) -> bool:
+    """Tell whether a Host header means this server."""
+    pattern = LOCAL_HOST if config.host in ("127.0.0.1", "::1", "localhost") else ANY_HOST
+    name = host.lower().partition(":")[0]
+    return name == urlsplit(config.public_url).hostname or pattern.fullmatch(host) is not None
+
+
+def is_allowed(config: Config, host: str | None, origin: str) -> bool:
+    """Tell whether pages of an origin may use the server: its own, and those of the option."""
+    # A proxy that takes TLS off may pass the Host with the port of HTTP.
+    sites = [f"http://{host}", f"https://{host}".removesuffix(":80"), *config.allow_origin]
+    if config.public_url:  # a proxy may pass another Host
+        sites.append(config.public_url)
+    return "*" in sites or normalize(origin) in [normalize(site) for site in sites]
+
+
+def normalize(url: str) -> str:
+    """Return the origin of a URL as origins are compared (RFC 6454)."""
+    scheme, _, rest = url.lower().partition("://")
+    default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
+    return f"{scheme}://{rest.partition('/')[0].removesuffix(default_port)}"
+
+
+def base_url(request: web.Request) -> str:
+    """Return the URL by which this client knows the server, with a slash at its end."""
+    site, host = request.app[CONFIG].public_url.rstrip("/"), request.headers.get("Host")
+    if not site and host:  # HTTP/1.0 needs no Host: then the URL is a path
+        site = f"{request.scheme}://{host}"
+    return f"{site}{request.app.router['home'].url_for()}"
+
+
+async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Let pages read the answers: refuse_other_sites() has refused those that may not."""
+    for name in ("Origin", "Methods", "Headers"):
+        response.headers.setdefault(f"Access-Control-Allow-{name}", "*")
+    response.headers.setdefault("Cache-Control", "no-cache")  # browsers would keep an old page
+    response.headers.setdefault("Content-Security-Policy", "frame-ancestors 'none'")
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
+    response.headers["Vary"] = "Accept, Origin"  # what a browser keeps is for the same site only
+
+
+def url_for_others(request: web.Request) -> str:
+    """Return the URL for other machines, even to a client that knows the server as localhost."""
+    base = base_url(request)
+    is_local = urlsplit(base).hostname in ("localhost", "127.0.0.1", "::1")
+    return request.app.get(ADDRESS, base) if is_local else base
+
+
+# --- Floods, and clients that do not read ---
+MAX_UNREAD = 64 * 1024  # bytes that a watcher may leave unread
+MAX_MESSAGES = 100  # that a watcher may send within MESSAGES_TIME; most send none
+MESSAGES_TIME = 10  # seconds
+PIECE = 64 * 1024  # bytes of an image that are sent at a time
+
+
+async def run_job(app: web.Application, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work for a photo, even if its client leaves; refuse it if too many wait."""
+    if len(app[JOBS]) >= app[CONFIG].threads * (1 + app[CONFIG].queue):
+        work.close()
+        raise web.HTTPServiceUnavailable(text="Too many photos wait (--queue).")
+    job = asyncio.create_task(work)
+    app[JOBS].add(job)
+    job.add_done_callback(app[JOBS].discard)
+    job.add_done_callback(lambda job: job.cancelled() or job.exception())  # maybe nobody else asks
+    try:
+        return await asyncio.shield(job)
+    finally:
+        del job  # or its error, the frames in its traceback and the job would keep each other
+
+
+async def annotate_in_thread(app: web.Application, photo: bytes, drawn: bool) -> tuple[bytes, Json]:
+    """Call annotate() in a thread; add took_ms, which counts the wait for a thread too."""
+    begin = time.monotonic()
+    loop = asyncio.get_running_loop()
+    jpeg, found = await loop.run_in_executor(app[THREADS], annotate, photo, app[DETECTOR], drawn)
+    found["took_ms"] = round((time.monotonic() - begin) * 1000)
+    return jpeg, found
+
+
+async def send_in_pieces(request: web.Request, response: web.StreamResponse) -> None:
+    """Send a JPEG. Each piece is looked up: a slow client holds no image that was dropped."""
+    try:
+        for at in range(0, response.content_length or 0, PIECE):
+            piece = (await find_jpeg(request))[at : at + PIECE]
+            async with asyncio.timeout(request.app[CONFIG].upload_timeout):
+                await response.write(piece)
+    except Exception:  # otherwise an error page would be written into the image
+        cut_off(request)
+
+
+def make_websocket(request: web.Request) -> web.WebSocketResponse:
+    """Return a websocket for a watcher, with its limits. Raises an HTTPError."""
+    websocket = web.WebSocketResponse(
+        heartbeat=25,  # seconds; proxies drop a connection that is silent for 30 to 60
+        autoping=False,  # wait_until_gone() answers pings, and counts them
+        max_msg_size=1025,  # bytes: 1 KiB may come, though nobody reads it
+        compress=False,  # it would take 256 KiB a watcher
+        writer_limit=sys.maxsize,  # to send never waits; cut_off_if_deaf() limits what piles up
+    )
+    if not request.headers.get("Sec-WebSocket-Key", "").isascii():
+        raise web.HTTPBadRequest(text="The Sec-WebSocket-Key is not base64.")
+    if not websocket.can_prepare(request):
+        text = f"This is a websocket: wscat -c ws://{request.host}{request.path}"
+        raise web.HTTPUpgradeRequired(text=text, headers={"Upgrade": "websocket"})
+    if len(request.app[WATCHERS]) >= request.app[CONFIG].max_clients:
+        raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
+    return websocket
+
+
+async def wait_until_gone(websocket: web.WebSocketResponse, request: web.Request) -> None:
+    """Answer the pings of a watcher until it leaves or floods the server."""
+    times = deque[float](maxlen=MAX_MESSAGES)  # of its last messages
+    async for message in websocket:
+        cut_off_if_deaf(request)
+        times.append(time.monotonic())
+        if len(times) == MAX_MESSAGES and times[-1] - times[0] < MESSAGES_TIME:
+            cut_off(request)
+            break  # what else it has sent is dropped
+        if message.type is WSMsgType.PING:
+            await websocket.pong(message.data)
+
+
+def cut_off_if_deaf(request: web.Request) -> None:
+    """Cut off a watcher that does not read, so that no messages pile up."""
+    if request.transport and request.transport.get_write_buffer_size() > MAX_UNREAD:
+        cut_off(request)
+
+
+def cut_off(request: web.Request) -> None:
+    """End the connection of a client at once, whatever is still to be sent."""
+    if request.transport:  # else it has left by itself
+        request.transport.abort()
+
+
+# --- Errors, in words ---
+@web.middleware
+async def explain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer each error with a problem document (RFC 9457), aiohttp's own too."""
+    # Each ends here: an error and its traceback refer to each other, and would keep the photo.
+    try:
+        return await handler(request)
+    except web.HTTPError as error:
+        del error.headers["Content-Type"]  # that of its text
+        detail = error.text
+        if error is request.match_info.http_exception:  # no such path or method
+            detail = f"There is no {request.method} {request.raw_path}; GET / tells what there is."
+        response = explain(request, error.status, detail, headers=error.headers)
+    except BadPhoto as error:
+        response = explain(request, error.status, str(error))
+    except (MemoryError, cv2.error) as error:
+        response = explain(request, 503, str(error) or "Memory ran out.")
+
+    # Skip the rest of a refused body: a client that is still sending would miss the answer.
+    if not request.content.at_eof():
+        with suppress(ConnectionError, TimeoutError):
+            await response.prepare(request)
+            await response.write_eof()
+            async with asyncio.timeout(request.app[CONFIG].upload_timeout):
+                async for _ in request.content.iter_any():
+                    await asyncio.sleep(0)
+    return response
+
+
+def explain(request: web.Request, status: int, detail: str | None, **options: Any) -> web.Response:
+    """Return an error as a problem document, and log it."""
+    log.info("%s %s %r: %d %s", request.remote, request.method, request.path, status, detail)
+    problem = {"title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        problem["limit"] = request.app[CONFIG].max_mb * 2**20  # bytes
+    response = reply(problem, status=status, content_type="application/problem+json", **options)
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        response.headers["Retry-After"] = "1"  # second
+    return response
+
+
+# ======== The detectors ========
+CASCADES = Path(cv2.__file__).with_name("data")
+CASCADE = CASCADES / "haarcascade_frontalface_alt2.xml"
+SECOND = HERE / "haarcascade_frontalface_default.xml"
+YUNET = HERE / "models" / "face_detection_yunet_2023mar.onnx"
+MAX_MODEL = 50_000_000  # bytes
+CROWD = 12  # so many small faces: the photo is searched again, at twice the size
 HAAR_SMALLEST = 33  # pixels, the side of the smallest window that is searched
 HAAR_PART = 38  # or 1/38 of the photo's longer side, if that is more: a large photo costs no more
-HAAR_STEP = 1.4  # from one size of windows to the next,
-HAAR_FINE_STEP = 1.05  # and in a close view
+HAAR_STEP = 1.4  # how much larger each size of windows is than the last
+HAAR_FINE_STEP = 1.05  # the same, in a close view
 HAAR_WINDOWS = 4000  # the most that are grouped, in quadratic time
 HAAR_BOXES = 1000  # the most that are looked at closely: it takes up to 3 ms for each
 HAAR_VIEW = 45  # pixels, the side of a close view, which shows 7/5 of the box
 HAAR_SCORE = 11  # windows that a face needs in its close views
 HAAR_DOUBTFUL = 9  # windows that are enough if the second cascade agrees,
 HAAR_SECOND = 12  # which means that it finds that many windows
-HAAR_HINT = 3  # windows upright, from which on the head may be tilted
+HAAR_HINT = 3  # windows upright that may mean a tilted head
 HAAR_TILT = 16  # degrees either way
 
 
@@ -219,619 +819,8 @@ def count_windows(cascade: cv2.CascadeClassifier, view: np.ndarray) -> int:
     return count
 
 
-# --- The images that are kept ---
-@dataclass(frozen=True)
-class Image:
-    """An annotated photo."""
-
-    id: str
-    filename: str | None
-    jpeg: bytes
-    found: Json  # its width, height, faces and took_ms
-    created: float  # seconds since 1970
-    small: bytes = b""  # a JPEG of SMALL_WIDTH, once somebody has asked for it
-
-    def describe(self, base: str) -> Json:
-        """Return all but the JPEG, for a client who knows the server by this base URL."""
-        url = f"{base}image/{self.id}"
-        return {"id": self.id, "url": url, "filename": self.filename} | self.found
-
-
-class ImageStore:
-    """Images in memory. Beyond its limits, the least recently used goes first."""
-
-    def __init__(self, keep: int, keep_mb: int) -> None:
-        self.keep, self.keep_mb = keep, keep_mb
-        self.images = OrderedDict[str, Image]()  # the least recently used first
-
-    async def put(self, image: Image) -> None:
-        """Keep an image; others go if there is no room, but never this one."""
-        self.images[image.id] = image
-        self.images.move_to_end(image.id)
-        room = self.keep_mb * 2**20  # bytes
-        while len(self.images) > 1 and (len(self.images) > self.keep or self.size() > room):
-            self.images.popitem(last=False)
-
-    def size(self) -> int:
-        """Return the bytes of all JPEGs."""
-        return sum(len(image.jpeg) + len(image.small) for image in self.images.values())
-
-    async def get(self, image_id: str) -> Image | None:
-        """Return an image, which counts as a use of it."""
-        if image_id in self.images:
-            self.images.move_to_end(image_id)
-        return self.images.get(image_id)
-
-    async def newest(self) -> list[Image]:
-        """Return all images, the newest first."""
-        return sorted(self.images.values(), key=lambda image: image.created, reverse=True)
-
-    async def count(self) -> Json:
-        """Return how many images there are, and the bytes of their JPEGs."""
-        return {"images": len(self.images), "bytes": self.size()}
-
-
-# --- What the application holds, and whom it tells ---
-Annotate = Callable[[web.Application, str | None, bytes], Coroutine[Any, Any, Image]]
-
-CONFIG = web.AppKey("CONFIG", Config)
-DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
-THREADS = web.AppKey("THREADS", ThreadPoolExecutor)
-ANNOTATE: web.AppKey[Annotate] = web.AppKey("ANNOTATE")  # make_image(); cluster/ has its own
-IMAGES = web.AppKey("IMAGES", ImageStore)  # cluster/ has its own
-WATCHERS: web.AppKey[dict[web.WebSocketResponse, web.Request]] = web.AppKey("WATCHERS")
-
-
-async def announce(app: web.Application, image: Image) -> None:
-    """Send the URL of an image, or its JSON, to every watcher."""
-    # While one is sent to, others come and go; so the loop needs a copy.
-    for websocket, request in list(app[WATCHERS].items()):
-        cut_off_if_deaf(request)
-        description = image.describe(base_url(request))
-        wants_json = request.query.get("format") == "json"
-        with suppress(ConnectionError):  # it has just left
-            await websocket.send_str(json.dumps(description) if wants_json else description["url"])
-
-
-async def get_faces(request: web.Request) -> web.WebSocketResponse:
-    """GET /faces: a websocket that gets the URL of each new image; by ?format=json, its JSON."""
-    websocket = make_websocket(request)
-    await websocket.prepare(request)
-    request.app[WATCHERS][websocket] = request
-    try:
-        await listen(websocket, request)
-    finally:
-        del request.app[WATCHERS][websocket]
-    return websocket
-
-
-# --- The handlers, in the order in which a user meets them ---
-STATIC = HERE / "static"  # the page; the server also runs without it
-
-
-async def get_home(request: web.Request) -> web.StreamResponse:
-    """GET /: the page in a browser, and for curl the commands to try."""
-    if STATIC.is_dir() and "text/html" in request.headers.get("Accept", ""):
-        return web.FileResponse(STATIC / "index.html")
-    address = base_url(request).partition("//")[2].rstrip("/")
-    return web.Response(text=USAGE.format(address))
-
-
-async def post_image(request: web.Request) -> web.Response:
-    """POST /image: annotate a photo, keep the image, announce it, and answer with its JSON."""
-    filename, photo = await read_photo(request)
-    image = await run_job(request.app, request.app[ANNOTATE](request.app, filename, photo))
-    description = image.describe(base_url(request))
-    return reply(description, status=201, headers={"Location": description["url"]})
-
-
-async def make_image(app: web.Application, filename: str | None, photo: bytes) -> Image:
-    """Annotate a photo, keep the image, and announce it."""
-    jpeg, found = await run_in_thread(app, photo, drawn=True)
-    image = Image(str(uuid.uuid4()), filename, jpeg, found, time.time())
-    await app[IMAGES].put(image)
-    await announce(app, image)
-    log.info("%r: %d faces in %d ms", filename, len(found["faces"]), found["took_ms"])
-    return image
-
-
-async def get_image(request: web.Request) -> web.StreamResponse:
-    """GET /image/{id}: the photo with its boxes; by ?width=480, a small one."""
-    is_small = request.query.get("width") == str(SMALL_WIDTH)
-    if is_small:
-        await make_small(request)
-    return await send_in_pieces(request, is_small)
-
-
-async def get_meta(request: web.Request) -> web.Response:
-    """GET /image/{id}/meta: the JSON of its post."""
-    image = await find_image(request)
-    return reply(image.describe(base_url(request)))
-
-
-async def get_images(request: web.Request) -> web.Response:
-    """GET /image: a line of JSON for each image, the newest first."""
-    lines = []
-    for image in await request.app[IMAGES].newest():
-        description = image.describe(base_url(request))
-        description["face_count"] = len(description.pop("faces"))
-        lines.append(json.dumps(description))
-        await asyncio.sleep(0)  # others come in between
-    return web.json_response(text="[\n" + ",\n".join(lines) + "\n]\n")
-
-
-async def post_detect(request: web.Request) -> web.Response:
-    """POST /detect: find the faces in a photo, and keep nothing."""
-    _, photo = await read_photo(request)
-    _, found = await run_job(request.app, run_in_thread(request.app, photo, drawn=False))
-    return reply(found)
-
-
-async def get_docs(request: web.Request) -> web.FileResponse:
-    """GET /docs: the API, for people."""
-    return web.FileResponse(STATIC / "docs.html")
-
-
-async def get_openapi(request: web.Request) -> web.FileResponse:
-    """GET /openapi.json: the API, for programs."""
-    return web.FileResponse(STATIC / "openapi.json")
-
-
-async def get_health(request: web.Request) -> web.Response:
-    """GET /health: what the server holds."""
-    clients, queued = len(request.app[WATCHERS]), len(request.app[JOBS])
-    held = await request.app[IMAGES].count()
-    page = {"join": url_for_others(request), "upload_timeout": request.app[CONFIG].upload_timeout}
-    return reply({"status": "ok", "clients": clients, "queued": queued} | held | page)
-
-
-def create_app(config: Config = Config(), detector: Detector | None = None) -> web.Application:
-    """Return the server as an application. Raises OSError or ValueError if a setting is invalid."""
-    app = web.Application(middlewares=[explain_errors, refuse_other_sites])
-    app[CONFIG] = config = check(config)
-    app[DETECTOR] = detector or load_detector(config.model, config.min_score)
-    app[THREADS] = ThreadPoolExecutor(config.threads)
-    app[IMAGES] = ImageStore(config.keep, config.keep_mb)
-    app[ANNOTATE] = make_image
-    app[WATCHERS], app[JOBS], app[UPLOADS] = {}, set(), Counter()
-    app[SHRINKING] = asyncio.Lock()
-    app.on_response_prepare.append(set_headers)
-    app.on_shutdown.append(finish)
-
-    app.router.add_get("/", get_home, name="home")
-    app.router.add_get("/faces", get_faces)
-    app.router.add_post("/image", post_image)
-    app.router.add_put("/image", post_image)  # for curl -T
-    app.router.add_get("/image", get_images)
-    app.router.add_get("/image/{id}", get_image)
-    app.router.add_get("/image/{id}/meta", get_meta)
-    app.router.add_post("/detect", post_detect)
-    app.router.add_get("/health", get_health)
-    app.router.add_get("/join.png", get_join)
-    if STATIC.is_dir():
-        app.router.add_static("/static", STATIC)
-        app.router.add_get("/docs", get_docs)
-        app.router.add_get("/openapi.json", get_openapi)
-    else:
-        log.warning("There is no page: %s is missing.", STATIC)
-    return app
-
-
-# ======== The guards: what keeps a hostile client from hurting others ========
-# --- Photos that hurt ---
-FORMATS = re.compile(rb"\xff\xd8|\x89PNG|RIFF....WEBP|GIF8.{9}", re.DOTALL)  # OpenCV reads more
-OTHER_FORMATS = {  # by their first bytes
-    rb"....ftyp.{0,24}avi[fs]": "AVIF",
-    rb"....ftyp(he|mi|ms)": "HEIC (iPhone: Camera, Formats, Most Compatible; or use the page)",
-    rb"%PDF": "PDF",
-    rb"II\*\0|MM\0\*": "TIFF",
-    rb"BM": "BMP",
-    rb"\s{0,9}<(\?xml|svg)": "SVG",
-    rb"\s{0,9}[{[]|data:|/9j/|iVBOR|UklGR|R0lGO": "JSON or base64; send the bytes of the photo",
-}
-SCAN = b"\xff\xda\0"  # begins each scan of a JPEG, and is elsewhere only by chance
-MAX_SCANS = 40  # in a JPEG; cameras write up to 10, and each can take 0.1 s at 64 megapixels
-# The frame of a JPEG that browsers do not read either: its scans take five times as long.
-ARITHMETIC = re.compile(rb"\xff[\xc9\xca]\0[\x0b\x11\x14]\x08....[\x01\x03\x04]", re.DOTALL)
-PNG_CHUNKS = (b"IHDR", b"PLTE", b"eXIf", b"IDAT", b"IEND")  # of a still picture
-
-
-class WrongFormat(BadPhoto):
-    """It is not a JPEG, PNG, WebP or GIF."""
-
-    status = 415
-
-
-def make_harmless(photo: bytes) -> bytes:
-    """Return a photo that OpenCV can be given. Raises BadPhoto."""
-    if not FORMATS.match(photo):
-        kinds = (kind for first, kind in OTHER_FORMATS.items() if re.match(first, photo, re.DOTALL))
-        kind = next(kinds, "something else")
-        raise WrongFormat(f"This is not a JPEG, PNG, WebP or GIF, but {kind}.")
-    if photo.startswith(b"\x89PNG"):
-        return still_png(photo)
-    if photo.startswith(b"RIFF"):
-        return plain_exif(photo)
-    if photo.startswith(b"GIF8") and photo[11] >= 2 << (photo[10] & 7):
-        return photo[:11] + b"\0" + photo[12:]  # OpenCV refuses a background without a color
-    is_jpeg = photo.startswith(b"\xff\xd8")
-    if is_jpeg and (photo.count(SCAN) > MAX_SCANS or ARITHMETIC.search(photo)):
-        raise BadPhoto(f"The JPEG has over {MAX_SCANS} scans, or arithmetic coding.")
-    return photo
-
-
-def plain_exif(webp: bytes) -> bytes:
-    """Move the mark that some programs put before EXIF behind it: OpenCV would not turn it."""
-    before, mark, exif = webp.partition(b"Exif\0\0")
-    size = int.from_bytes(before[-4:], "little") - len(mark)  # a chunk has its type, size, data
-    return before + exif[:size] + mark + exif[size:]
-
-
-def still_png(png: bytes) -> bytes:
-    """Keep only what a still picture needs: on other chunks, OpenCV crashes or takes gigabytes."""
-    kept, at = bytearray(png[:8]), 8  # the signature
-    while at < len(png):
-        end = at + 12 + int.from_bytes(png[at : at + 4])  # length, type, data, checksum
-        if png[at + 4 : at + 8] in PNG_CHUNKS and end <= len(png):
-            kept += png[at:end]
-        at = end
-    return bytes(kept)
-
-
-# --- Uploads and forms ---
-UPLOAD_MEMORY = 8  # times --max-mb: what all uploads under way may hold
-UPLOADS = web.AppKey("UPLOADS", Counter[str])  # the bytes that have come of them
-MAX_PARTS = 100  # of a form
-MAX_PART_HEADERS = 2048  # bytes
-MAX_PARAMETERS = 20  # of a part; the time to parse them grows with their square
-MAX_FILENAME = 255  # characters
-
-
-async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
-    """Return filename and content of the photo in a body or its form. Raises an HTTPError."""
-    filename, photo = None, await read_body(request)
-    if request.content_type == "multipart/form-data":
-        filename, photo = find_file(photo, request.headers["Content-Type"])
-    # curl labels -d and --data-binary alike, but -d has stripped the NULs: no photo any more.
-    if not photo or (request.content_type.endswith("urlencoded") and b"\0" not in photo):
-        raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
-    return filename, photo
-
-
-async def read_body(request: web.Request) -> bytes:
-    """Read a body within the limits of its size, its time, and the memory of all uploads."""
-    config, uploads, body = request.app[CONFIG], request.app[UPLOADS], bytearray()
-    limit = config.max_mb * 2**20
-    try:
-        async with asyncio.timeout(config.upload_timeout):
-            async for piece in request.content.iter_any():
-                body += piece
-                uploads["bytes"] += len(piece)
-                if uploads["bytes"] > UPLOAD_MEMORY * limit:
-                    raise web.HTTPServiceUnavailable(text="Too many uploads (--max-mb).")
-                if len(body) > limit:
-                    break
-                await asyncio.sleep(0)  # else a body of tiny chunks would hold the others up
-    except TimeoutError:
-        raise web.HTTPRequestTimeout(text="Too slow an upload (--upload-timeout).") from None
-    finally:
-        uploads["bytes"] -= len(body)
-    photo = bytes(body) or await request.read()  # which an outer middleware may have called
-    if len(photo) > limit:
-        text = f"The body is over {config.max_mb} MiB (--max-mb)."
-        raise web.HTTPRequestEntityTooLarge(limit, text=text)
-    return photo
-
-
-def find_file(form: bytes, content_type: str) -> tuple[str, bytes]:
-    """Return name and content of the file in a form (RFC 7578). Raises HTTPBadRequest.
-
-    A form of short lines would keep aiohttp's own reader, and so everybody, busy for seconds.
-    """
-    boundary = message_from_string(f"Content-Type: {content_type}").get_boundary()
-    first_line = form.lstrip().partition(b"\r\n")[0]
-    line = f"--{boundary}".encode(errors="replace") if boundary else first_line
-    parts, end, _ = (b"\r\n" + form).partition(b"\r\n" + line + b"--")
-    files = []
-    for part in parts.split(b"\r\n" + line, MAX_PARTS)[1:]:
-        headers, _, content = part.partition(b"\r\n\r\n")
-        filename = find_filename(headers.lstrip())
-        if filename is not None and content:
-            files.append((filename, content))
-    if len(files) != 1 or not end:
-        text = "The form must be complete and have exactly one file: a part with a filename."
-        raise web.HTTPBadRequest(text=text)
-    return files[0]
-
-
-def find_filename(headers: bytes) -> str | None:
-    """Return the filename of a part, decoded and without folders; None if it is no file."""
-    if headers.count(b";") > MAX_PARAMETERS:
-        return None
-    message = message_from_string(headers[:MAX_PART_HEADERS].decode(errors="replace"))
-    try:
-        parameters = dict(message.get_params([], "Content-Disposition"))
-        name = parameters.get("filename")  # filename* comes last, and so wins
-        if isinstance(name, tuple):
-            name = utils.collapse_rfc2231_value(name)
-        elif name:
-            name = unquote(str(header.make_header(header.decode_header(name))))
-    except (ValueError, LookupError, TypeError, errors.MessageError):  # malformed
-        name = ""
-    return name and re.split(r"[/\\]", name)[-1].strip('"')[:MAX_FILENAME]
-
-
-# --- Other sites ---
-# Anybody can make a name with a dot resolve to this machine (DNS rebinding).
-LOCAL_HOST = re.compile(r"([\w-]+|[\d.]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
-ANY_HOST = re.compile(r"([\w.-]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
-
-
-@web.middleware
-async def refuse_other_sites(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse pages of other sites: a browser in this network would let any of them in."""
-    config, host = request.app[CONFIG], request.headers.get("Host")
-    if host is not None and not is_own_host(config, host):  # each browser sends one
-        raise web.HTTPForbidden(text=f"{host!r} is not this machine (--host, --public-url).")
-    origin = request.headers.get("Origin")
-    if origin is not None and not is_allowed(config, host, origin):
-        text = f"Pages of {origin!r} may not use this (--allow-origin; --public-url if it is this)."
-        raise web.HTTPForbidden(text=text)
-    if request.method == "OPTIONS" and request.match_info.http_exception:
-        return web.Response()  # a browser asks whether a page may post
-    return await handler(request)
-
-
-def is_own_host(config: Config, host: str) -> bool:
-    """Tell whether a Host header means this server."""
-    pattern = LOCAL_HOST if config.host in ("127.0.0.1", "::1", "localhost") else ANY_HOST
-    name = host.lower().partition(":")[0]
-    return name == urlsplit(config.public_url).hostname or pattern.fullmatch(host) is not None
-
-
-def is_allowed(config: Config, host: str | None, origin: str) -> bool:
-    """Tell whether pages of an origin may use the server: its own, and those of the option."""
-    sites = [f"http://{host}", f"https://{host}".removesuffix(":80"), *config.allow_origin]
-    if config.public_url:  # a proxy may pass another Host
-        sites.append(config.public_url)
-    return "*" in sites or normalize(origin) in [normalize(site) for site in sites]
-
-
-def normalize(url: str) -> str:
-    """Return the origin of a URL as origins are compared (RFC 6454)."""
-    scheme, _, rest = url.lower().partition("://")
-    default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
-    return f"{scheme}://{rest.partition('/')[0].removesuffix(default_port)}"
-
-
-def base_url(request: web.Request) -> str:
-    """Return the URL by which this client knows the server, with a slash at its end."""
-    site, host = request.app[CONFIG].public_url.rstrip("/"), request.headers.get("Host")
-    if not site and host:  # HTTP/1.0 needs no Host: then the URL is a path
-        site = f"{request.scheme}://{host}"
-    return f"{site}{request.app.router['home'].url_for()}"
-
-
-async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Let pages read the answers, since those of other sites get only a refusal."""
-    for name in ("Origin", "Methods", "Headers"):
-        response.headers.setdefault(f"Access-Control-Allow-{name}", "*")
-    response.headers.setdefault("Cache-Control", "no-cache")  # browsers would keep an old page
-    response.headers.setdefault("Content-Security-Policy", "frame-ancestors 'none'")
-    response.headers["Vary"] = "Accept, Origin"  # what a browser keeps is for the same site only
-
-
-# --- Floods, and clients that do not read ---
-JOBS: web.AppKey[set[asyncio.Task[Any]]] = web.AppKey("JOBS")  # photos that wait or are in work
-MAX_UNREAD = 64 * 1024  # bytes that a watcher may leave unread
-MAX_MESSAGES = 100  # that a watcher may send within 10 seconds; most send none
-PIECE = 64 * 1024  # bytes of an image that are sent at a time
-IMAGE_HEADERS = {
-    "Content-Type": "image/jpeg",
-    "Cache-Control": "private, max-age=31536000, immutable",
-    "X-Content-Type-Options": "nosniff",
-}
-
-
-async def run_job(app: web.Application, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work for a photo, even if its client leaves; or refuse it if too many wait."""
-    if len(app[JOBS]) >= app[CONFIG].threads * (1 + app[CONFIG].queue):
-        work.close()
-        raise web.HTTPServiceUnavailable(text="Too many photos wait (--queue).")
-    job = asyncio.create_task(work)
-    app[JOBS].add(job)
-    job.add_done_callback(app[JOBS].discard)
-    job.add_done_callback(lambda job: job.cancelled() or job.exception())  # maybe nobody else asks
-    try:
-        return await asyncio.shield(job)
-    finally:
-        del job  # its error refers to this frame: together they would keep the photo
-
-
-async def run_in_thread(app: web.Application, photo: bytes, drawn: bool) -> tuple[bytes, Json]:
-    """Call annotate() in a thread; what it found gets took_ms, which counts the wait for one."""
-    begin, loop = time.monotonic(), asyncio.get_running_loop()
-    jpeg, found = await loop.run_in_executor(app[THREADS], annotate, photo, app[DETECTOR], drawn)
-    found["took_ms"] = round((time.monotonic() - begin) * 1000)
-    return jpeg, found
-
-
-async def send_in_pieces(request: web.Request, is_small: bool) -> web.StreamResponse:
-    """Send a JPEG. Each piece is looked up: a slow client holds no image that was dropped."""
-    response = web.StreamResponse(headers=IMAGE_HEADERS)
-    size = response.content_length = len(await find_jpeg(request, is_small))
-    await response.prepare(request)
-    try:
-        for at in range(0, size, PIECE):
-            piece = (await find_jpeg(request, is_small))[at : at + PIECE]
-            async with asyncio.timeout(request.app[CONFIG].upload_timeout):
-                await response.write(piece)
-    except Exception:  # or an error page would be written into the image
-        cut_off(request)
-    return response
-
-
-async def find_jpeg(request: web.Request, is_small: bool) -> bytes:
-    """Return the small or the full JPEG that a request asks for. Raises HTTPNotFound."""
-    image = await find_image(request)
-    return image.small if is_small else image.jpeg
-
-
-def make_websocket(request: web.Request) -> web.WebSocketResponse:
-    """Return a websocket for a watcher, with its limits. Raises an HTTPError."""
-    websocket = web.WebSocketResponse(
-        heartbeat=25,  # seconds; proxies drop a connection that is silent for 30 to 60
-        autoping=False,  # listen() answers pings, and counts them
-        max_msg_size=1025,  # bytes: 1 KiB may come, though nobody reads it
-        compress=False,  # it would take 256 KiB a watcher
-        writer_limit=sys.maxsize,  # to send never waits; cut_off_if_deaf() limits what piles up
-    )
-    if not request.headers.get("Sec-WebSocket-Key", "").isascii():
-        raise web.HTTPBadRequest(text="The Sec-WebSocket-Key is not base64.")
-    if not websocket.can_prepare(request):
-        text = f"This is a websocket: wscat -c ws://{request.host}{request.path}"
-        raise web.HTTPUpgradeRequired(text=text, headers={"Upgrade": "websocket"})
-    if len(request.app[WATCHERS]) >= request.app[CONFIG].max_clients:
-        raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
-    return websocket
-
-
-async def listen(websocket: web.WebSocketResponse, request: web.Request) -> None:
-    """Answer the pings of a watcher until it leaves or floods the server."""
-    times = deque[float](maxlen=MAX_MESSAGES)  # of its last messages
-    async for message in websocket:
-        cut_off_if_deaf(request)
-        times.append(time.monotonic())
-        if len(times) == MAX_MESSAGES and times[-1] - times[0] < 10:
-            cut_off(request)
-            break  # what else it has sent is dropped
-        if message.type is WSMsgType.PING:
-            await websocket.pong(message.data)
-
-
-def cut_off_if_deaf(request: web.Request) -> None:
-    """Cut off a watcher that does not read, so that no messages pile up."""
-    if request.transport and request.transport.get_write_buffer_size() > MAX_UNREAD:
-        cut_off(request)
-
-
-def cut_off(request: web.Request) -> None:
-    """End the connection of a client at once, whatever is still to be sent."""
-    if request.transport:  # else it has left by itself
-        request.transport.abort()
-
-
-# --- The room: how others join, and images that fit its Wi-Fi ---
-ADDRESS = web.AppKey("ADDRESS", str)  # the URL that serve() prints
-SMALL_WIDTH = 480  # pixels, of an image for phones
-SHRINKING = web.AppKey("SHRINKING", asyncio.Lock)
-
-
-def url_for_others(request: web.Request) -> str:
-    """Return the URL for others, where the one that this client knows is for its machine alone."""
-    base = base_url(request)
-    is_local = urlsplit(base).hostname in ("localhost", "127.0.0.1", "::1")
-    return request.app.get(ADDRESS, base) if is_local else base
-
-
-async def get_join(request: web.Request) -> web.Response:
-    """GET /join.png: a QR code of the URL for others."""
-    _, png = cv2.imencode(".png", encode_qr(url_for_others(request)))
-    return web.Response(body=png.tobytes(), content_type="image/png")
-
-
-def encode_qr(text: str) -> Pixels:
-    """Return a QR code, a pixel for each module, with the border of 4 that the standard wants."""
-    return np.pad(cv2.QRCodeEncoder.create().encode(text), 2, constant_values=255)  # it has 2
-
-
-def draw_in_terminal(code: Pixels) -> str:
-    """Return a QR code in block characters, two rows in a line, white on black on any terminal."""
-    light = np.pad(code > 0, ((0, len(code) % 2), (0, 0)))
-    blocks = np.array([*" ▄▀█"])[2 * light[::2] + light[1::2]]
-    return "".join(f"  \033[97;40m{''.join(line)}\033[0m\n" for line in blocks)
-
-
-async def make_small(request: web.Request) -> None:
-    """Make the small JPEG of an image and keep it. One at a time: many ask for the same."""
-    async with request.app[SHRINKING]:
-        image = await find_image(request)
-        if not image.small:
-            small = await run_job(request.app, asyncio.to_thread(shrink, image.jpeg))
-            await request.app[IMAGES].put(replace(image, small=small))
-
-
-def shrink(jpeg: bytes) -> bytes:
-    """Return a JPEG of SMALL_WIDTH, or of its own width if that is less."""
-    pixels = decode(jpeg)
-    height, width, _ = pixels.shape
-    scale = min(1, SMALL_WIDTH / width)
-    size = (round(width * scale), max(1, round(height * scale)))
-    pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
-
-
-def reply(data: Json, **options: Any) -> web.Response:
-    """Return JSON that people can read in a terminal."""
-    return web.json_response(text=json.dumps(data, indent=2) + "\n", **options)
-
-
-async def find_image(request: web.Request) -> Image:
-    """Return the image that a request asks for. Raises HTTPNotFound."""
-    image = await request.app[IMAGES].get(request.match_info["id"])
-    if image is None:
-        raise web.HTTPNotFound(text="There is no such image (any more: --keep, --keep-mb).")
-    return image
-
-
-@web.middleware
-async def explain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer each error with a problem document (RFC 9457), aiohttp's own too."""
-    # None is raised again: an error and its traceback form a cycle, which would keep the photo.
-    try:
-        return await handler(request)
-    except web.HTTPError as error:
-        del error.headers["Content-Type"]
-        detail = error.text
-        if error is request.match_info.http_exception:  # no such path or method
-            detail = f"There is no {request.method} {request.raw_path}; GET / tells what there is."
-        response = explain(request, error.status, detail, headers=error.headers)
-    except BadPhoto as error:
-        response = explain(request, error.status, str(error))
-    except (MemoryError, cv2.error) as error:
-        response = explain(request, 503, str(error) or "Memory ran out.")
-
-    # Skip the rest of a refused body: a client that is still sending would miss the answer.
-    if not request.content.at_eof():
-        with suppress(ConnectionError, TimeoutError):
-            await response.prepare(request)
-            await response.write_eof()
-            async with asyncio.timeout(request.app[CONFIG].upload_timeout):
-                async for _ in request.content.iter_any():
-                    await asyncio.sleep(0)
-    return response
-
-
-def explain(request: web.Request, status: int, detail: str | None, **options: Any) -> web.Response:
-    """Return an error as a problem document, and log it."""
-    log.info("%s %s %r: %d %s", request.remote, request.method, request.path, status, detail)
-    problem = {"title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        problem["limit"] = request.app[CONFIG].max_mb * 2**20  # bytes
-    response = reply(problem, status=status, content_type="application/problem+json", **options)
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        response.headers["Retry-After"] = "1"  # second
-    return response
-
-
-# ======== More detectors: YuNet, and what a file brings ========
-CASCADES = Path(cv2.__file__).with_name("data")
-CASCADE = CASCADES / "haarcascade_frontalface_alt2.xml"
-SECOND = HERE / "haarcascade_frontalface_default.xml"
-YUNET = HERE / "models" / "face_detection_yunet_2023mar.onnx"
-MAX_MODEL = 50_000_000  # bytes
 YUNET_VIEWS = {416: 0.05, 832: 0.3, 1664: 1.0}  # longer side in pixels: score of a crowd's faces
-YUNET_SMALL = 16  # pixels of a view; of smaller faces it finds not all
+YUNET_SMALL = 16  # pixels of a view; it misses some smaller faces
 YUNET_SHORTEST = 64  # pixels; with a shorter side it finds boxes of infinite size
 YUNET_SCORE = 0.7  # of 1, that a face needs
 
@@ -898,13 +887,8 @@ def load_cascade(xml: bytes) -> cv2.CascadeClassifier:
 
 # ======== Start and stop ========
 LONGEST_STOP = 4  # seconds for the photos under way; Docker kills after 10
-MOST = 1_000_000  # that a number may be: the milliseconds of a timeout must fit into a C int
+MAX_NUMBER = 1_000_000  # that a number may be: the milliseconds of a timeout must fit into a C int
 PUBLIC_URL = re.compile(r"https?://([\w.-]+|\[[\w:.]+\])(:[1-6]?\d{1,4})?(/[\w.~%/-]*)?", re.ASCII)
-USAGE = """
-  open    http://{0}
-  watch   wscat -c ws://{0}/faces
-  post    curl -F image=@samples/astronaut.jpg http://{0}/image
-"""
 
 
 async def finish(app: web.Application) -> None:
@@ -919,9 +903,9 @@ async def finish(app: web.Application) -> None:
 def check(config: Config) -> Config:
     """Return the settings, the public URL without blanks. Raises ValueError if one is odd."""
     for each in fields(Config):
-        value, least = getattr(config, each.name), each.metadata["least"]
-        if isinstance(value, int) and not least <= value <= MOST:
-            raise ValueError(f"--{each.name} must be {least} to {MOST}".replace("_", "-"))
+        value, minimum = getattr(config, each.name), each.metadata["minimum"]
+        if isinstance(value, int) and not minimum <= value <= MAX_NUMBER:
+            raise ValueError(f"--{each.name} must be {minimum} to {MAX_NUMBER}".replace("_", "-"))
     if not config.host or not config.host.isprintable():  # "" would mean any address
         raise ValueError(f"--host must be a name or an address, not {config.host!r}")
     url = config.public_url.strip()
@@ -943,7 +927,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def listen_on(config: Config) -> list[socket.socket]:
+def open_sockets(config: Config) -> list[socket.socket]:
     """Listen on an address; for 127.0.0.1 also on ::1, since localhost may mean either."""
     host, port = config.host, config.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -970,6 +954,18 @@ def address_for_others(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def encode_qr(text: str) -> np.ndarray:
+    """Return a QR code, a pixel for each module, with the border of 4 that the standard wants."""
+    return np.pad(cv2.QRCodeEncoder.create().encode(text), 2, constant_values=255)  # it has 2
+
+
+def draw_in_terminal(code: np.ndarray) -> str:
+    """Return a QR code in block characters, two rows in a line, white on black on any terminal."""
+    light = np.pad(code > 0, ((0, len(code) % 2), (0, 0)))
+    blocks = np.array([*" ▄▀█"])[2 * light[::2] + light[1::2]]
+    return "".join(f"  \033[97;40m{''.join(line)}\033[0m\n" for line in blocks)
+
+
 def serve(app: web.Application) -> None:
     """Listen, say where, and serve until SIGINT or SIGTERM. Raises OSError or RuntimeError."""
     try:
@@ -979,7 +975,7 @@ def serve(app: web.Application) -> None:
     else:
         raise RuntimeError("A loop runs already: use aiohttp.web.AppRunner (docs/running.md).")
     config = app[CONFIG]
-    listeners = listen_on(config)
+    listeners = open_sockets(config)
     address = f"{address_for_others(config.host)}:{listeners[0].getsockname()[1]}"
     app[ADDRESS] = f"http://{address}/"
     usage = USAGE.format(address)
@@ -988,10 +984,10 @@ def serve(app: web.Application) -> None:
     web.run_app(
         app,
         sock=listeners,
-        print=lambda _: print(usage, flush=True),  # called once SIGTERM is handled
+        print=lambda _: print(usage, flush=True),  # printed only when SIGTERM already works
         access_log=None,
         auto_decompress=False,  # a small body could become a huge one
-        handler_cancellation=True,  # when a client leaves, which else is a traceback in the log
+        handler_cancellation=True,  # otherwise a client that leaves leaves a traceback
         keepalive_timeout=config.upload_timeout,
         max_headers=64,  # of up to 8 KiB
         lingering_time=0,  # explain_errors() lingers; here, tiny chunks would hold others up
@@ -1001,7 +997,7 @@ def serve(app: web.Application) -> None:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Drop what asyncio says a hundred times a second when open files run out."""
+    """Return False for what asyncio says a hundred times a second when open files run out."""
     return not re.match(".*(accept|serving)", str(record.msg))
 
 

@@ -85,7 +85,7 @@ def compare(photo: bytes) -> tuple[str, str, str]:
     try:
         ours = server.decode(photo)[..., ::-1]
     except server.BadPhoto as refusal:
-        if theirs.format not in READ and isinstance(refusal, server.WrongFormat):
+        if theirs.format not in READ and refusal.status == 415:
             return theirs.format, "another format", ""
         if theirs.pixels is None:
             return theirs.format, "both refuse it", ""

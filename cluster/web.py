@@ -23,7 +23,6 @@ import server
 from server import BadPhoto, Config, Image
 
 LONGEST_WAIT = 70  # seconds for a photo; nginx waits for 75
-BAD = {"BadPhoto": BadPhoto, "WrongFormat": server.WrongFormat}
 CLUSTER: web.AppKey["Cluster"] = web.AppKey("CLUSTER")
 Outcome = Image | BadPhoto | None  # of a photo; None means: look again
 News = asyncio.Future[Outcome]
@@ -102,7 +101,7 @@ def read(line: bytes, jpeg: bytes = b"") -> tuple[str, Outcome]:
         known = json.loads(line)
         photo_id, filename = str(known.pop("id")), known.pop("filename", None)
         if "error" in known:
-            return photo_id, BAD[known["error"]](known["text"])
+            return photo_id, BadPhoto(known["error"], known["status"])
         known["faces"] = list(known["faces"])
         return photo_id, Image(photo_id, filename, jpeg, known, created=0)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

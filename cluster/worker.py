@@ -79,7 +79,7 @@ def annotate(photo_id: str) -> None:
         took_ms = round((float(waited) + time.monotonic() - begin) * 1000)
         known |= {"filename": json.loads(filename), "took_ms": took_ms}
     except server.BadPhoto as error:
-        jpeg, known = b"", {"error": type(error).__name__, "text": str(error)}
+        jpeg, known = b"", {"error": str(error), "status": error.status}
     run(connection, "finish", photo_id, json.dumps({"id": photo_id} | known), jpeg)
 
 

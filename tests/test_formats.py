@@ -133,12 +133,13 @@ FOREIGN = {
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_any_other_format_is_refused_and_named_if_people_often_send_it(kind: str) -> None:
-    with pytest.raises(server.WrongFormat) as refusal:
+    with pytest.raises(server.BadPhoto) as refusal:
         server.annotate(FOREIGN[kind], DETECTOR)
     named = "JPEG 2000|PPM|HDR|EXR|AVI|WAV|text"
     name = "something else" if kind in named.split("|") else kind.partition(",")[0]
     assert f"not a JPEG, PNG, WebP or GIF, but {name}" in str(refusal.value)
     assert ("iPhone" in str(refusal.value)) == (name == "HEIC")
+    assert refusal.value.status == 415
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (65_500, 1), (1, 65_500)])
