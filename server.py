@@ -138,11 +138,10 @@ def draw(pixels: Pixels, faces: list[Face]) -> None:
 
 
 def shrink(jpeg: bytes) -> bytes:
-    """Return a JPEG of SMALL_WIDTH, or of its own width if that is less."""
+    """Return a JPEG of SMALL_WIDTH."""
     pixels = decode(jpeg)
     height, width, _ = pixels.shape
-    scale = min(1, SMALL_WIDTH / width)
-    size = (round(width * scale), max(1, round(height * scale)))
+    size = (SMALL_WIDTH, max(1, round(height * SMALL_WIDTH / width)))
     pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
 
@@ -287,7 +286,7 @@ async def get_image(request: web.Request) -> web.StreamResponse:
 async def find_jpeg(request: web.Request) -> bytes:
     """Return the small or the full JPEG that a request asks for. Raises HTTPNotFound."""
     image = await find_image(request)
-    if request.query.get("width") != str(SMALL_WIDTH):
+    if request.query.get("width") != str(SMALL_WIDTH) or image.found["width"] <= SMALL_WIDTH:
         return image.jpeg
     await asyncio.shield(make_small(request.app, image))  # even if this client leaves
     return image.small

@@ -17,7 +17,19 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 import pytest_asyncio
-from helpers import ROOT, TIMEOUT, Server, post_photo, run_server
+from helpers import (
+    ROOT,
+    TIMEOUT,
+    Server,
+    ask,
+    connect,
+    health,
+    post_and_get_path,
+    post_photo,
+    run_server,
+    to_get,
+    to_post,
+)
 from pages import CARDS, LAPTOP, PHONE, PROJECTOR, choose, connected, expect, grey_jpeg, names
 from photos import ASTRONAUT, ASTRONAUT_FILE, TINY, cv2, encode, np, pixels
 
@@ -207,6 +219,61 @@ async def test_a_small_picture_is_made_once_and_kept_within_the_limits() -> None
                     small = cv2.imdecode(np.frombuffer(await answer.read(), np.uint8), 1)
                     sizes[query] = small.shape[1::-1]
     assert sizes == {"": (2048, 1024), "?width=480": (480, 240), "?width=99999": (2048, 1024)}
+
+
+SLOW_SHRINKING = """
+import time
+from pathlib import Path
+shrink, began, go_on = server.shrink, Path({began!r}), Path({go_on!r})
+
+def shrink_slowly(jpeg):
+    began.touch()
+    while not go_on.exists():
+        time.sleep(0.01)
+    return shrink(jpeg)
+
+server.shrink = shrink_slowly"""
+
+
+async def exists(path: Path) -> None:
+    """Wait until there is this file."""
+    async with asyncio.timeout(TIMEOUT):
+        while not path.exists():  # noqa: ASYNC110, ASYNC240
+            await asyncio.sleep(0.01)
+
+
+async def test_who_leaves_before_a_small_picture_is_made_takes_no_place_of_a_photo(
+    changed, tmp_path: Path
+) -> None:
+    began, go_on = tmp_path / "began", tmp_path / "go on"
+    program = changed(SLOW_SHRINKING.format(began=str(began), go_on=str(go_on)))
+    with run_server("--threads", "1", "--queue", "0", program=program) as server:
+        path = await post_and_get_path(server, encode(".jpg", cv2.resize(pixels(), (2048, 1024))))
+        full = (await health(server))["bytes"]
+        async with connect(server) as leaving:
+            await leaving.send(to_get(f"{path}?width=480"))
+            await exists(began)
+        assert (await ask(server, to_post(TINY))).says(201)
+        go_on.touch()
+        small = await ask(server, to_get(f"{path}?width=480"))
+        assert len(small.body) < full / 3
+
+
+async def test_no_small_picture_brings_back_an_image_that_was_dropped(
+    changed, tmp_path: Path
+) -> None:
+    began, go_on = tmp_path / "began", tmp_path / "go on"
+    program = changed(SLOW_SHRINKING.format(began=str(began), go_on=str(go_on)))
+    with run_server("--keep", "1", program=program) as server:
+        path = await post_and_get_path(server, encode(".jpg", cv2.resize(pixels(), (2048, 1024))))
+        asked = asyncio.create_task(ask(server, to_get(f"{path}?width=480")))
+        await exists(began)
+        newer = await post_and_get_path(server, TINY)
+        go_on.touch()
+        await asyncio.wait([asked], timeout=TIMEOUT)
+        assert asked.exception()  # it was cut off
+        assert (await ask(server, to_get(path))).says(404)
+        assert (await ask(server, to_get(newer))).says(200)
 
 
 async def test_no_picture_is_made_larger(url: str) -> None:
