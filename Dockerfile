@@ -25,9 +25,4 @@ HEALTHCHECK --interval=2s --timeout=5s CMD bash -c '\
     printf "GET /health HTTP/1.0\r\n\r\n" >&3 && \
     grep -q "^HTTP/1.[01] 200 " <&3'
 
-# docker run faces [OPTIONS] runs the server, docker run faces COMMAND another command, such as pytest.
-ENTRYPOINT ["sh", "-c", "\
-    case $1 in \
-        -* | '') exec python server.py --host 0.0.0.0 \"$@\" ;; \
-        *) exec \"$@\" ;; \
-    esac", "faces"]
+ENTRYPOINT ["python", "server.py", "--host", "0.0.0.0"]
