@@ -137,13 +137,30 @@ def draw(pixels: Pixels, faces: list[Face]) -> None:
         cv2.rectangle(pixels, face[:4], (0, 255, 0), thickness)
 
 
-def shrink(jpeg: bytes) -> bytes:
-    """Return a JPEG of SMALL_WIDTH."""
-    pixels = decode(jpeg)
-    height, width, _ = pixels.shape
-    size = (SMALL_WIDTH, max(1, round(height * SMALL_WIDTH / width)))
-    pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+# --- The detector ---
+SMALLEST_FACE = 33  # pixels, the side of the smallest window that is searched,
+SMALLEST_PART = 38  # or 1/38 of the longer side, if that is more: a large photo costs no more
+CROWD = 12  # so many small faces: the photo is searched again, at twice the size
+HAAR_SCORE = 11  # windows that a face needs when it is looked at closely
+
+
+class HaarDetector(threading.local):
+    """Find frontal faces with a Haar cascade (Viola and Jones, 2001); a score counts windows.
+
+    Each thread has cascades of its own: OpenCV lets no two threads use one at a time.
+    """
+
+    def __init__(self, cascade: bytes, second: bytes, min_score: float) -> None:
+        self.cascade, self.second = load_cascade(cascade), load_cascade(second)
+        self.min_score = min_score or HAAR_SCORE
+
+    def __call__(self, pixels: Pixels) -> list[Face]:
+        smallest = max(SMALLEST_FACE, max(pixels.shape) / SMALLEST_PART)
+        faces = search(self, pixels, smallest)
+        small = [face for face in faces if face.width < 1.5 * smallest]
+        if len(small) >= CROWD:
+            faces = search(self, pixels, smallest / 2)
+        return faces
 
 
 # --- The images that are kept ---
@@ -281,21 +298,6 @@ async def get_image(request: web.Request) -> web.StreamResponse:
     await response.prepare(request)
     await send_in_pieces(request, response)
     return response
-
-
-async def find_jpeg(request: web.Request) -> bytes:
-    """Return the small or the full JPEG that a request asks for. Raises HTTPNotFound."""
-    image = await find_image(request)
-    if request.query.get("width") != str(SMALL_WIDTH) or image.found["width"] <= SMALL_WIDTH:
-        return image.jpeg
-    await asyncio.shield(make_small(request.app, image))  # even if this client leaves
-    return image.small
-
-
-async def make_small(app: web.Application, image: Image) -> None:
-    """Make the small JPEG of an image, unless it has one. One at a time: many ask for the same."""
-    async with app[SHRINKING]:
-        image.small = image.small or await asyncio.to_thread(shrink, image.jpeg)
 
 
 async def find_image(request: web.Request) -> Image:
@@ -643,6 +645,30 @@ async def send_in_pieces(request: web.Request, response: web.StreamResponse) -> 
         cut_off(request)
 
 
+async def find_jpeg(request: web.Request) -> bytes:
+    """Return the small or the full JPEG that a request asks for. Raises HTTPNotFound."""
+    image = await find_image(request)
+    if request.query.get("width") != str(SMALL_WIDTH) or image.found["width"] <= SMALL_WIDTH:
+        return image.jpeg
+    await asyncio.shield(make_small(request.app, image))  # even if this client leaves
+    return image.small
+
+
+async def make_small(app: web.Application, image: Image) -> None:
+    """Make the small JPEG of an image, unless it has one. One at a time: many ask for the same."""
+    async with app[SHRINKING]:
+        image.small = image.small or await asyncio.to_thread(shrink, image.jpeg)
+
+
+def shrink(jpeg: bytes) -> bytes:
+    """Return a JPEG of SMALL_WIDTH."""
+    pixels = decode(jpeg)
+    height, width, _ = pixels.shape
+    size = (SMALL_WIDTH, max(1, round(height * SMALL_WIDTH / width)))
+    pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+
+
 def make_websocket(request: web.Request) -> web.WebSocketResponse:
     """Return a websocket for a watcher, with its limits. Raises an HTTPError."""
     websocket = web.WebSocketResponse(
@@ -711,7 +737,8 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
             await response.prepare(request)
             await response.write_eof()
             async with asyncio.timeout(request.app[CONFIG].upload_timeout):
-                async for _ in request.content.iter_any():
+                while not request.content.at_eof():  # hold no piece while waiting for the next
+                    await request.content.readany()
                     await asyncio.sleep(0)
     return response
 
@@ -728,86 +755,62 @@ def explain(request: web.Request, status: int, detail: str | None, **options: An
     return response
 
 
-# ======== The detectors ========
-CASCADES = Path(cv2.__file__).with_name("data")
-CASCADE = CASCADES / "haarcascade_frontalface_alt2.xml"
-SECOND = HERE / "haarcascade_frontalface_default.xml"
-YUNET = HERE / "models" / "face_detection_yunet_2023mar.onnx"
-MAX_MODEL = 50_000_000  # bytes
-CROWD = 12  # so many small faces: the photo is searched again, at twice the size
-HAAR_SMALLEST = 33  # pixels, the side of the smallest window that is searched
-HAAR_PART = 38  # or 1/38 of the photo's longer side, if that is more: a large photo costs no more
+# ======== The detectors, closely ========
 HAAR_STEP = 1.4  # how much larger each size of windows is than the last
 HAAR_FINE_STEP = 1.05  # the same, in a close view
+HAAR_ALIKE = 0.4  # of a side: windows whose edges are nearer to each other show one face
 HAAR_WINDOWS = 4000  # the most that are grouped, in quadratic time
 HAAR_BOXES = 1000  # the most that are looked at closely: it takes up to 3 ms for each
 HAAR_VIEW = 45  # pixels, the side of a close view, which shows 7/5 of the box
-HAAR_SCORE = 11  # windows that a face needs in its close views
 HAAR_DOUBTFUL = 9  # windows that are enough if the second cascade agrees,
 HAAR_SECOND = 12  # which means that it finds that many windows
 HAAR_HINT = 3  # windows upright that may mean a tilted head
 HAAR_TILT = 16  # degrees either way
 
 
-class HaarDetector(threading.local):
-    """Find frontal faces with a Haar cascade (Viola and Jones, 2001); a score counts windows.
+def search(detector: HaarDetector, pixels: Pixels, smallest: float) -> list[Face]:
+    """Find the faces that fill a window of this side, in pixels, or a larger one."""
+    # Shrink the photo until the smallest windows are as large as those of the cascade.
+    height, width, _ = pixels.shape
+    shrunk = smallest / detector.cascade.getOriginalWindowSize()[0]
+    size = [int(np.ceil(side / shrunk)) for side in (width, height)]
+    gray = cv2.cvtColor(cv2.resize(pixels, size), cv2.COLOR_BGR2GRAY)
 
-    Each thread has cascades of its own: OpenCV lets no two threads use one at a time.
-    """
+    faces = []
+    for x, y, side, _ in propose(detector.cascade, gray):
+        score = look_closely(detector, gray, x, y, side)
+        if score >= detector.min_score:
+            x, y, side = (round(each * shrunk) for each in (x, y, side))
+            faces.append(Face(x, y, min(side, width - x), min(side, height - y), score))
+    return faces
 
-    def __init__(self, cascade: bytes, second: bytes, min_score: float) -> None:
-        self.cascade, self.second = load_cascade(cascade), load_cascade(second)
-        self.min_score = min_score or HAAR_SCORE
 
-    def __call__(self, pixels: Pixels) -> list[Face]:
-        smallest = max(HAAR_SMALLEST, max(pixels.shape) / HAAR_PART)
-        faces = self.search(pixels, smallest)
-        small = [face for face in faces if face.width < 1.5 * smallest]
-        if len(small) >= CROWD:
-            faces = self.search(pixels, smallest / 2)
-        return faces
+def propose(cascade: cv2.CascadeClassifier, gray: np.ndarray) -> Sequence[Sequence[int]]:
+    """Scan in coarse steps, and group the windows that are alike; return x, y, side, side."""
+    windows = [tuple(window) for window in cascade.detectMultiScale(gray, HAAR_STEP, 0)]
+    windows.sort()  # OpenCV's threads find them in any order
+    some = windows[:: 1 + len(windows) // HAAR_WINDOWS]  # from all parts of the photo
+    boxes, _ = cv2.groupRectangles(some * 2, 1, HAAR_ALIKE)  # twice: OpenCV drops a group of one
+    return boxes[:: 1 + len(boxes) // HAAR_BOXES]
 
-    def search(self, pixels: Pixels, smallest: float) -> list[Face]:
-        """Find the faces that fill a window of this side, in pixels, or a larger one."""
-        # Shrink the photo until the smallest windows are as large as those of the cascade.
-        height, width, _ = pixels.shape
-        shrink = smallest / self.cascade.getOriginalWindowSize()[0]
-        size = [int(np.ceil(side / shrink)) for side in (width, height)]
-        gray = cv2.cvtColor(cv2.resize(pixels, size), cv2.COLOR_BGR2GRAY)
 
-        faces = []
-        for x, y, side, _ in self.propose(gray):
-            score = self.look_closely(gray, x, y, side)
-            if score >= self.min_score:
-                x, y, side = (round(each * shrink) for each in (x, y, side))
-                faces.append(Face(x, y, min(side, width - x), min(side, height - y), score))
-        return faces
+def look_closely(detector: HaarDetector, gray: np.ndarray, x: int, y: int, side: int) -> int:
+    """Return the score of a box: upright, in the eyes of the second cascade, or tilted."""
+    middle, around = (x + side / 2, y + side / 2), side * 7 // 5
+    view = (HAAR_VIEW, HAAR_VIEW)
+    upright = cv2.resize(cv2.getRectSubPix(gray, (around, around), middle), view)
+    score = count_windows(detector.cascade, upright)
+    doubtful = HAAR_DOUBTFUL <= score < HAAR_SCORE
+    if doubtful and count_windows(detector.second, upright) >= HAAR_SECOND:
+        return HAAR_SCORE
 
-    def propose(self, gray: np.ndarray) -> Sequence[Sequence[int]]:
-        """Scan in coarse steps, and group the windows whose edges are within 0.4 of a side."""
-        windows = [tuple(window) for window in self.cascade.detectMultiScale(gray, HAAR_STEP, 0)]
-        windows.sort()  # OpenCV's threads find them in any order
-        some = windows[:: 1 + len(windows) // HAAR_WINDOWS]  # from all parts of the photo
-        boxes, _ = cv2.groupRectangles(some * 2, 1, 0.4)  # twice: OpenCV drops a group of one
-        return boxes[:: 1 + len(boxes) // HAAR_BOXES]
-
-    def look_closely(self, gray: np.ndarray, x: int, y: int, side: int) -> int:
-        """Return the score of a box: upright, in the eyes of the second cascade, or tilted."""
-        middle, around = (x + side / 2, y + side / 2), side * 7 // 5
-        view = (HAAR_VIEW, HAAR_VIEW)
-        upright = cv2.resize(cv2.getRectSubPix(gray, (around, around), middle), view)
-        score = count_windows(self.cascade, upright)
-        doubtful = HAAR_DOUBTFUL <= score < HAAR_SCORE
-        if doubtful and count_windows(self.second, upright) >= HAAR_SECOND:
-            return HAAR_SCORE
-
-        for degrees in (-HAAR_TILT, HAAR_TILT):
-            if HAAR_HINT <= score < HAAR_SCORE:
-                turn = cv2.getRotationMatrix2D(middle, degrees, HAAR_VIEW / around)
-                turn[:, 2] += np.subtract(HAAR_VIEW / 2, middle)  # to the middle of the view
-                tilted = cv2.warpAffine(gray, turn, view, borderMode=cv2.BORDER_REPLICATE)
-                score = max(score, count_windows(self.cascade, tilted))
-        return score
+    for degrees in (-HAAR_TILT, HAAR_TILT):
+        if HAAR_HINT <= score < HAAR_SCORE:
+            turn = cv2.getRotationMatrix2D(middle, degrees, HAAR_VIEW / around)
+            turn[:, 2] += np.subtract(HAAR_VIEW / 2, middle)  # to the middle of the view
+            tilted = cv2.warpAffine(gray, turn, view, borderMode=cv2.BORDER_REPLICATE)
+            score = max(score, count_windows(detector.cascade, tilted))
+    return score
 
 
 def count_windows(cascade: cv2.CascadeClassifier, view: np.ndarray) -> int:
@@ -853,6 +856,13 @@ class YuNetDetector(threading.local):
                 (x, y), (right, bottom) = np.rint(corners * (width, height)).astype(int).tolist()
                 faces.append(Face(x, y, right - x, bottom - y, round(float(row[14]), 3)))
         return faces
+
+
+CASCADES = Path(cv2.__file__).with_name("data")
+CASCADE = CASCADES / "haarcascade_frontalface_alt2.xml"
+SECOND = HERE / "haarcascade_frontalface_default.xml"
+YUNET = HERE / "models" / "face_detection_yunet_2023mar.onnx"
+MAX_MODEL = 50_000_000  # bytes
 
 
 def load_detector(model: str = "", min_score: float = 0) -> Detector:
