@@ -531,7 +531,9 @@ def find_filename(headers: bytes) -> str | None:
             name = unquote(str(header.make_header(header.decode_header(name))))
     except (ValueError, LookupError, TypeError, errors.MessageError):  # malformed
         name = ""
-    return name and re.split(r"[/\\]", name)[-1].strip('"')[:MAX_FILENAME]
+    if name is None:
+        return None
+    return re.split(r"[/\\]", name)[-1].strip('"')[:MAX_FILENAME]
 
 
 # --- Other sites ---
@@ -821,7 +823,8 @@ def count_windows(cascade: cv2.CascadeClassifier, view: np.ndarray) -> int:
     return count
 
 
-YUNET_VIEWS = {416: 0.05, 832: 0.3, 1664: 1.0}  # longer side in pixels: score of a crowd's faces
+# Longer side of a view in pixels: score from which a small face counts for a crowd
+YUNET_VIEWS = {416: 0.05, 832: 0.3, 1664: 1.0}
 YUNET_SMALL = 16  # pixels of a view; it misses some smaller faces
 YUNET_SHORTEST = 64  # pixels; with a shorter side it finds boxes of infinite size
 YUNET_SCORE = 0.7  # of 1, that a face needs
@@ -833,8 +836,9 @@ class YuNetDetector(threading.local):
     def __init__(self, network: bytes, min_score: float) -> None:
         cv2.setNumThreads(1)  # more would only wait for each other: each photo has a thread
         self.min_score = min_score or YUNET_SCORE
-        model, least = np.frombuffer(network, np.uint8), min(YUNET_VIEWS.values())
-        self.network = cv2.FaceDetectorYN.create("onnx", model, model[:0], (64, 64), least)
+        model, no_config = np.frombuffer(network, np.uint8), np.zeros(0, np.uint8)
+        least = min(YUNET_VIEWS.values())
+        self.network = cv2.FaceDetectorYN.create("onnx", model, no_config, (64, 64), least)
         self(np.zeros((64, 64, 3), np.uint8))  # another network would fail only now
 
     def __call__(self, pixels: Pixels) -> list[Face]:
@@ -866,9 +870,12 @@ MAX_MODEL = 50_000_000  # bytes
 
 
 def load_detector(model: str = "", min_score: float = 0) -> Detector:
-    """Load "yunet", an .onnx of it, a cascade, or else OpenCV's. Raises OSError or ValueError."""
+    """Load YuNet, its .onnx file, a cascade's .xml file, or OpenCV's own cascade ("").
+
+    Raises OSError or ValueError.
+    """
     file = YUNET if model == "yunet" else Path(model or CASCADE)
-    most = 1 if file.suffix == ".onnx" else HAAR_WINDOWS
+    most = 1 if file.suffix == ".onnx" else HAAR_WINDOWS  # that a score can be
     if not 0 <= min_score <= most:
         raise ValueError(f"--min-score must be from 0 to {most}, not {min_score}")
     if not 0 < file.stat().st_size <= MAX_MODEL:  # that of a pipe or a device is 0
@@ -911,10 +918,11 @@ async def finish(app: web.Application) -> None:
 
 def check(config: Config) -> Config:
     """Return the settings, the public URL without blanks. Raises ValueError if one is odd."""
-    for each in fields(Config):
-        value, minimum = getattr(config, each.name), each.metadata["minimum"]
+    for setting in fields(Config):
+        name, minimum = setting.name.replace("_", "-"), setting.metadata["minimum"]
+        value = getattr(config, setting.name)
         if isinstance(value, int) and not minimum <= value <= MAX_NUMBER:
-            raise ValueError(f"--{each.name} must be {minimum} to {MAX_NUMBER}".replace("_", "-"))
+            raise ValueError(f"--{name} must be {minimum} to {MAX_NUMBER}")
     if not config.host or not config.host.isprintable():  # "" would mean any address
         raise ValueError(f"--host must be a name or an address, not {config.host!r}")
     url = config.public_url.strip()
@@ -926,9 +934,9 @@ def check(config: Config) -> Config:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, with an option for each field of Config."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for each in fields(Config):
-        name, default = "--" + each.name.replace("_", "-"), each.default
-        explanation = f"{each.metadata['help']} (default: {default or 'none'})"
+    for setting in fields(Config):
+        name, default = "--" + setting.name.replace("_", "-"), setting.default
+        explanation = f"{setting.metadata['help']} (default: {default or 'none'})"
         if isinstance(default, tuple):
             parser.add_argument(name, action="append", default=[], help=explanation)
         else:
@@ -949,8 +957,8 @@ def open_sockets(config: Config) -> list[socket.socket]:
             log.warning("Not listening on ::1: %s", error)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux cuts off who does not read
         milliseconds = 1000 * config.upload_timeout
-        for each in listeners:
-            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        for listener in listeners:
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     return listeners
 
 
