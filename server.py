@@ -732,6 +732,8 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
         response = explain(request, error.status, str(error))
     except (MemoryError, cv2.error) as error:
         response = explain(request, 503, str(error) or "Memory ran out.")
+    except ConnectionError:  # the client has left; otherwise each would be a traceback in the log
+        return web.Response()
 
     # Skip the rest of a refused body: a client that is still sending would miss the answer.
     if not request.content.at_eof():

@@ -605,6 +605,17 @@ async def test_a_watcher_that_pings_and_does_not_read_takes_no_memory(server: Se
         assert memory(server, "VmRSS") - before < 10
 
 
+@pytest.mark.parametrize("watching", [False, True], ids=["image", "watcher"])
+async def test_a_client_that_asks_and_leaves_at_once_leaves_no_traceback(
+    server: Server, watching: bool
+) -> None:
+    path = await post_and_get_path(server, TINY)
+    for _ in range(40):
+        async with connect(server) as client:
+            await client.send(to_watch() if watching else to_get(path))
+            client.reset()
+
+
 async def test_a_watcher_that_sends_too_much_is_cut_off(server: Server) -> None:
     async with watch(server) as good, watch(server) as bad:
         await good.send(frame(PONG, b"") * 99)
