@@ -24,7 +24,7 @@ COMMAND_TIMEOUT = 300  # seconds, for every command: the first build, or all tes
 
 # What docs/running.md advises for a flood
 HARDENED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
-SMALL = ("--memory", "768m", "--memory-swap", "768m", "-e", "OPENCV_IO_MAX_IMAGE_PIXELS=12000000")
+SMALL = ("--memory", "512m", "--memory-swap", "512m", "-e", "OPENCV_IO_MAX_IMAGE_PIXELS=12000000")
 FOR_SMALL = ("--threads", "2", "--queue", "2", "--max-mb", "5", "--keep-mb", "32")
 
 
