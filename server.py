@@ -216,13 +216,10 @@ class ImageStore:
 
 
 # --- What the application holds, and whom it tells ---
-Annotate = Callable[[web.Application, str | None, bytes], Coroutine[Any, Any, Image]]
 CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 THREADS = web.AppKey("THREADS", ThreadPoolExecutor)
-# cluster/ puts its own in place of the next two. Both are async, as it has to wait for others.
-ANNOTATE: web.AppKey[Annotate] = web.AppKey("ANNOTATE")  # make_image()
-IMAGES = web.AppKey("IMAGES", ImageStore)
+IMAGES = web.AppKey("IMAGES", ImageStore)  # async, since that of cluster/ waits for others
 WATCHERS: web.AppKey[dict[web.WebSocketResponse, web.Request]] = web.AppKey("WATCHERS")
 ADDRESS = web.AppKey("ADDRESS", str)  # the URL that serve() prints
 SHRINKING = web.AppKey("SHRINKING", asyncio.Lock)
@@ -273,9 +270,8 @@ async def get_home(request: web.Request) -> web.StreamResponse:
 
 async def post_image(request: web.Request) -> web.Response:
     """POST /image: annotate a photo, keep the image, announce it, and answer with its JSON."""
-    app = request.app
     filename, photo = await read_photo(request)
-    image = await run_job(app, app[ANNOTATE](app, filename, photo))
+    image = await run_job(request.app, make_image(request.app, filename, photo))
     description = image.describe(base_url(request))
     return reply(description, status=201, headers={"Location": description["url"]})
 
@@ -368,7 +364,6 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
     app[CONFIG] = config
     app[DETECTOR] = detector or load_detector(config.model, config.min_score)
     app[THREADS] = ThreadPoolExecutor(config.threads)
-    app[ANNOTATE] = make_image
     app[IMAGES] = ImageStore(config.keep, config.keep_mb)
     app[WATCHERS] = {}
     app[JOBS] = set()
@@ -920,7 +915,7 @@ async def finish(app: web.Application) -> None:
 
 def check(config: Config) -> Config:
     """Return the settings, the public URL without blanks. Raises ValueError if one is odd."""
-    for setting in fields(Config):
+    for setting in fields(config):
         name, minimum = setting.name.replace("_", "-"), setting.metadata["minimum"]
         value = getattr(config, setting.name)
         if isinstance(value, int) and not minimum <= value <= MAX_NUMBER:
@@ -933,10 +928,10 @@ def check(config: Config) -> Config:
     return replace(config, public_url=url)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line, with an option for each field of Config."""
+def make_parser(settings: type[Config] = Config) -> argparse.ArgumentParser:
+    """Return the parser of the command line, with an option for each of the settings."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for setting in fields(Config):
+    for setting in fields(settings):
         name, default = "--" + setting.name.replace("_", "-"), setting.default
         explanation = f"{setting.metadata['help']} (default: {default or 'none'})"
         if isinstance(default, tuple):
@@ -1020,14 +1015,17 @@ def is_news(record: logging.LogRecord) -> bool:
     return not re.match(".*(accept|serving)", str(record.msg))
 
 
-def main() -> None:
-    """Run the server with the options of the command line."""
-    options = vars(make_parser().parse_args())
+Create = Callable[..., web.Application]
+
+
+def main(settings: type[Config] = Config, create: Create = create_app) -> None:
+    """Run the server with the options of the command line; your own program may have more."""
+    options = vars(make_parser(settings).parse_args())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("asyncio").addFilter(is_news)
     try:
         with suppress(web.GracefulExit, KeyboardInterrupt):  # a second Ctrl+C
-            serve(create_app(Config(**options)))
+            serve(create(settings(**options)))
     except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"The server cannot start (--host, --port, --model, requirements.txt): {error}")
     os._exit(0)  # Python would wait for threads whose photos take minutes
