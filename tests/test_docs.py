@@ -49,7 +49,7 @@ SWAGGER_UI = Path(__file__).parent / "node_modules" / "swagger-ui-dist"
 HTTP_METHODS = {"get", "post", "put"}
 
 
-async def answer(method: str, url: str, **kwargs: Any) -> Any:
+async def ask_json(method: str, url: str, **kwargs: Any) -> Any:
     async with (
         aiohttp.ClientSession() as session,
         session.request(method, url, **kwargs) as response,
@@ -103,7 +103,7 @@ async def test_its_examples_of_an_image_are_real_answers(url: str) -> None:
     same = ("width", "height", "faces", "filename")
     assert {name: real[name] for name in same} == {name: example[name] for name in same}
     assert real.keys() == example.keys()
-    assert await answer("GET", f"{url}/image") == [shorten(real)]
+    assert await ask_json("GET", f"{url}/image") == [shorten(real)]
     assert EXAMPLES["images"] == [shorten(example)]
 
 
@@ -114,7 +114,7 @@ def shorten(image: dict[str, Any]) -> dict[str, Any]:
 
 
 async def test_its_example_of_detected_faces_is_a_real_answer(url: str) -> None:
-    real = await answer("POST", f"{url}/detect", data=ASTRONAUT)
+    real = await ask_json("POST", f"{url}/detect", data=ASTRONAUT)
     assert real | {"took_ms": 0} == EXAMPLES["detected"] | {"took_ms": 0}
 
 
@@ -147,7 +147,7 @@ ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
 async def test_its_examples_of_errors_are_real_answers(
     url: str, name: str, method: str, path: str, options: dict[str, Any]
 ) -> None:
-    assert await answer(method, url + path, **options) == EXAMPLES[name]
+    assert await ask_json(method, url + path, **options) == EXAMPLES[name]
 
 
 @pytest.mark.parametrize("name", ["upload_timeout", "queue_full", "memory", "max_clients"])
@@ -166,7 +166,9 @@ async def test_the_answer_that_the_readme_shows_is_a_real_one(url: str) -> None:
 async def test_server_py_alone_has_no_documents_and_says_so(tmp_path: Path) -> None:
     with run_server(program=Path(shutil.copy(ROOT / "server.py", tmp_path))) as running:
         for path in ("/openapi.json", "/docs"):
-            assert f"There is no GET {path}" in (await answer("GET", running.url + path))["detail"]
+            assert (
+                f"There is no GET {path}" in (await ask_json("GET", running.url + path))["detail"]
+            )
 
 
 # --- /docs ---
