@@ -222,20 +222,36 @@ async def test_without_internet_a_page_of_our_own_shows_each_operation_and_posts
 
 # --- The documents in Markdown ---
 WIDTH = 100  # characters, as in the code
-DOCUMENTS = [*ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
-
-
-def prose(document: Path) -> str:
-    """The text of a document without its blocks of code and its tables."""
-    text = re.sub(r"^ *```.*?^ *```$", "", document.read_text("utf-8"), flags=re.M | re.S)
-    return re.sub(r"^\|.*$", "", text, flags=re.M)
-
-
-@pytest.mark.parametrize(
+DOCUMENTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
+each_document = pytest.mark.parametrize(
     "document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT))
 )
+
+
+def without_code(document: Path) -> str:
+    return re.sub(r"^ *```.*?^ *```$", "", document.read_text("utf-8"), flags=re.M | re.S)
+
+
+def anchors(document: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a document."""
+    headings = re.findall(r"^#+ (.*)", without_code(document), re.M)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS[1:], ids=str)
 async def test_a_document_is_wrapped_at_the_width_of_the_code(document: Path) -> None:
-    assert [line for line in prose(document).splitlines() if len(line) > WIDTH] == []
+    lines = without_code(document).splitlines()
+    assert [line for line in lines if len(line) > WIDTH and not line.startswith("|")] == []
+
+
+@each_document
+async def test_each_link_of_a_document_leads_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(document))
+    for link in [link for link in links if "://" not in link]:
+        file, _, anchor = link.partition("#")
+        target = document.parent / file if file else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 async def test_each_test_that_a_document_names_exists() -> None:
