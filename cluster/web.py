@@ -4,144 +4,150 @@
 import asyncio
 import json
 import logging
-import os
-import sys
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from weakref import WeakValueDictionary
 
 import worker  # isort: skip (it finds server.py)
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from kombu.exceptions import OperationalError
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
 import server
-from server import BadPhoto, Config, Image
 
-LONGEST_WAIT = 70  # seconds for a photo; nginx waits for 75
-CLUSTER: web.AppKey["Cluster"] = web.AppKey("CLUSTER")
-Outcome = Image | BadPhoto | None  # of a photo; None means: look again
-News = asyncio.Future[Outcome]
+MAX_WAIT = 70  # seconds for a photo; nginx waits for 75
+News = asyncio.Future[server.Image | None]  # without the JPEG; None: it must be looked up
 log = logging.getLogger("faces.cluster")
 
 
 class Cluster(server.ImageStore):
     """The images in Redis; those that were asked for are in memory too, as no image changes."""
 
-    def __init__(self, config: Config, redis_url: str, keep_seconds: int) -> None:
+    def __init__(self, config: worker.Config) -> None:
         super().__init__(config.keep, config.keep_mb)
         # With a pool of one's own, nothing is tried again: Redis may have done it.
-        pool = BlockingConnectionPool.from_url(redis_url, **worker.CONNECTION)
-        self.redis, self.database = Redis.from_pool(pool), pool.connection_kwargs.get("db", 0)
-        self.keep_seconds, self.queue = keep_seconds, config.queue
-        self.threads = 0  # of all workers
-        self.ahead = 0.0  # seconds by which the clock of Redis is
-        self.has_news = asyncio.Event()  # set while Redis tells what comes of photos
-        self.news = defaultdict[str, News](asyncio.Future)  # what will come of photos, by id
+        pool = BlockingConnectionPool.from_url(config.redis_url, **worker.CONNECTION)
+        self.redis, self.queue = Redis.from_pool(pool), config.queue
+        self.news = WeakValueDictionary[str, News]()  # by photo, while somebody waits for them
+        self.processes = 0  # of all workers
+        self.ahead = 0.0  # seconds, of Redis's clock
 
-    async def get(self, image_id: str) -> Image | None:
+    async def get(self, image_id: str) -> server.Image | None:
         """Return an image as soon as it is done. Raises BadPhoto, TimeoutError or RedisError."""
-        image, key = await super().get(image_id), f"faces:image:{image_id}"
-        if image:
-            (uses,) = await asyncio.gather(self.redis.touch(key), return_exceptions=True)
-            if uses != 0:  # if it is an error, the copy serves; else Redis has dropped the image
-                return image
-        news = self.news[image_id]  # from here on, none is missed
-        lookup = self.redis.pipeline().hmget(key, "json", "jpeg").zscore("faces:jobs", image_id)
-        (line, jpeg), overdue = await lookup.execute()
-        if overdue is not None and not line:
-            await asyncio.wait_for(asyncio.shield(news), LONGEST_WAIT)
+        key, image = f"faces:image:{image_id}", await super().get(image_id)
+        if image and await self.redis.touch(key):  # this is a use of it in Redis too
+            return image
+        news = self.news.setdefault(image_id, asyncio.Future())  # before they can come
+        async with self.redis.pipeline() as step:
+            step.hmget(key, "json", "jpeg")
+            step.zscore("faces:jobs", image_id)
+            (line, jpeg), overdue = await step.execute()
+        if not line and overdue is not None:
+            await asyncio.wait_for(asyncio.shield(news), MAX_WAIT)
             return await self.get(image_id)
-        outcome = read(line, jpeg)[1] if line else None
-        self.tell(image_id, outcome)
-        if isinstance(outcome, BadPhoto):
+        outcome = read(line, jpeg) if line else None
+        if isinstance(outcome, server.BadPhoto):
             raise outcome
         if outcome:
             await self.put(outcome)
         return outcome
 
-    async def newest(self) -> list[Image]:
-        """Return the newest images, without their JPEGs."""
-        lines = await worker.run(self.redis, "newest")
-        return [image for _, image in map(read, lines) if isinstance(image, Image)]
+    async def newest(self) -> list[server.Image]:
+        """Return the newest images that Redis still has, without their JPEGs."""
+        async with self.redis.pipeline() as step:
+            for image_id in await self.redis.lrange("faces:newest", 0, -1):
+                step.hget(b"faces:image:" + image_id, "json")
+            outcomes = [read(line) for line in await step.execute() if line]
+        return [outcome for outcome in outcomes if isinstance(outcome, server.Image)]
 
     async def count(self) -> server.Json:
-        """Return how many images Redis has, its memory, and all photos in work, for /health."""
-        held, queued = await self.redis.info(), await self.redis.zcard("faces:jobs")
-        if not self.has_news.is_set():
-            raise RedisError("There are no news.")
-        images = held.get(f"db{self.database}", {}).get("expires", 0)
-        return {"images": images, "bytes": held["used_memory"], "queued": queued}
+        """Return how many copies of images are here, and how many photos are in work anywhere."""
+        return await super().count() | {"queued": await self.redis.zcard("faces:jobs")}
 
     async def accept(self, filename: str | None, photo: bytes) -> tuple[str, News]:
-        """Keep a photo in Redis, from where it cannot get lost, and send it to a worker."""
-        photo_id, most_jobs = str(uuid.uuid4()), max(1, self.threads) * (1 + self.queue)
-        name, now = json.dumps(filename), time.time() + self.ahead
-        posted = photo, name, self.keep_seconds, now, most_jobs, worker.OVERDUE
-        refusal = await worker.run(self.redis, "accept", photo_id, *posted)
+        """Set a photo in Redis and send it to a worker, in one step; then it cannot get lost."""
+        photo_id, posted = str(uuid.uuid4()), time.time() + self.ahead
+        most_jobs = max(1, self.processes) * (1 + self.queue)
+        about = {"photo": photo, "filename": json.dumps(filename), "posted": posted}
+        news = self.news[photo_id] = asyncio.Future()
+        async with self.redis.pipeline() as step:
+            step.hset(f"faces:photo:{photo_id}", mapping=about)
+            step.eval(worker.SCRIPTS["accept"], 0, photo_id, posted, most_jobs, worker.OVERDUE)
+            _, refusal = await step.execute()
         if refusal:
             raise web.HTTPServiceUnavailable(text=refusal.decode())
-        news = self.news[photo_id]  # before there can be any
-        await asyncio.to_thread(send, photo_id)
         return photo_id, news
 
-    def tell(self, photo_id: str, outcome: Outcome) -> None:
-        """Tell those who wait for a photo what came of it."""
-        if photo_id in self.news:
-            self.news.pop(photo_id).set_result(outcome)
+    async def look_after_jobs(self) -> None:
+        """Count the processes of all workers, and send again what is overdue."""
+        seconds, microseconds = await self.redis.time()
+        self.ahead = seconds + microseconds / 1e6 - time.time()
+        clients = await self.redis.client_list()
+        self.processes = sum(client["name"] == worker.NAME for client in clients)
+        await self.redis.eval(worker.SCRIPTS["overdue"], 0, worker.OVERDUE)
+        jobs = await self.redis.zrange("faces:jobs", 0, -1)
+        for photo_id in {*self.news} - {job.decode("latin-1") for job in jobs}:
+            self.news.pop(photo_id).set_result(None)  # its news were missed, or Redis has lost it
+
+    async def read_news(self, app: web.Application) -> None:
+        """Tell what comes of photos, and look after jobs each second; go on when Redis is back."""
+        last, looked = f"{int(time.time() + self.ahead)}000-0", 0.0
+        while True:
+            try:
+                for _, entries in await self.redis.xread({"faces:news": last}, 100, block=1000):
+                    for entry_id, entry in entries:
+                        last, outcome = entry_id, read(entry.get(b"json", b""))
+                        image = outcome if isinstance(outcome, server.Image) else None
+                        if news := self.news.pop(entry.get(b"id", b"").decode("latin-1"), None):
+                            news.set_result(image)
+                        if image:
+                            await server.announce(app, image)
+                if time.monotonic() > looked + 1:
+                    await self.look_after_jobs()
+                    looked = time.monotonic()
+            except RedisError as error:
+                log.warning("There are no news from Redis: %r", error)
+                await asyncio.sleep(0.5)
 
 
-def read(line: bytes, jpeg: bytes = b"") -> tuple[str, Outcome]:
-    """Return the id of a photo and what came of it; None for what a stranger wrote."""
+def read(line: bytes, jpeg: bytes = b"") -> server.Image | server.BadPhoto | None:
+    """Return what came of a photo; None for what a stranger wrote."""
     try:
         known = json.loads(line)
-        photo_id, filename = str(known.pop("id")), known.pop("filename", None)
         if "error" in known:
-            return photo_id, BadPhoto(known["error"], known["status"])
+            return server.BadPhoto(known["error"], int(known["status"]))
         known["faces"] = list(known["faces"])
-        return photo_id, Image(photo_id, filename, jpeg, known, created=0)
+        return server.Image(known.pop("id"), known.pop("filename", None), jpeg, known, created=0)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         log.warning("Skipped what a stranger wrote to Redis: %.99r: %r", line, error)
-        return "", None
+        return None
 
 
-def send(photo_id: str) -> None:
-    """Send a photo to the workers; if that fails, it is sent again once it is overdue."""
-    try:
-        worker.annotate.apply_async([photo_id], retry=False)
-    except OperationalError as error:
-        log.warning("%s is sent later: %s", photo_id, error)
+async def post_image(request: web.Request) -> web.Response:
+    """POST /image: have a worker annotate a photo, and answer then, or at once (RFC 7240)."""
+    cluster, base = request.app[server.IMAGES], server.base_url(request)
+    photo_id, news = await cluster.accept(*await server.read_photo(request))
+    url = f"{base}image/{photo_id}"
+    if "respond-async" in request.headers.get("Prefer", "").lower():
+        return server.reply({"id": photo_id, "url": url}, status=202, headers={"Location": url})
 
-
-async def annotate(app: web.Application, filename: str | None, photo: bytes) -> Image:
-    """Have a worker annotate a photo, which then keeps the image and tells all web processes."""
-    app[server.JOBS].discard(asyncio.current_task())  # it takes no thread of this process
-    photo_id, news = await app[CLUSTER].accept(filename, photo)
-    image = await asyncio.wait_for(asyncio.shield(news), LONGEST_WAIT)
-    image = image or await app[CLUSTER].get(photo_id)
+    image = await asyncio.wait_for(asyncio.shield(news), MAX_WAIT) or await cluster.get(photo_id)
     if image is None:
         raise web.HTTPServiceUnavailable(text="Redis has lost the photo; post it again.")
-    if isinstance(image, BadPhoto):
-        raise image
-    log.info("%r: %d faces in %d ms", filename, len(image.found["faces"]), image.found["took_ms"])
-    return image
+    found = image.found
+    log.info("%r: %d faces in %d ms", image.filename, len(found["faces"]), found["took_ms"])
+    return server.reply(image.describe(base), status=201, headers={"Location": url})
 
 
 @web.middleware
 async def use_redis(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer at once whoever prefers that (RFC 7240), and 503 if Redis fails."""
-    is_later = "respond-async" in request.headers.get("Prefer", "").lower()
+    """Send photos to the workers, and answer 503 if Redis fails."""
+    is_post = request.match_info.handler is server.post_image
     try:
-        if not is_later or request.match_info.handler != server.post_image:
-            return await handler(request)
-        photo_id, _ = await request.app[CLUSTER].accept(*await server.read_photo(request))
-        url = f"{server.base_url(request)}image/{photo_id}"
-        headers = {"Location": url, "Preference-Applied": "respond-async"}
-        return server.reply({"id": photo_id, "url": url}, status=202, headers=headers)
+        return await (post_image(request) if is_post else handler(request))
     except TimeoutError:
         text = "The photo waits for a worker; try its URL later."
     except OutOfMemoryError:
@@ -152,92 +158,33 @@ async def use_redis(request: web.Request, handler: Handler) -> web.StreamRespons
     raise web.HTTPServiceUnavailable(text=text)
 
 
-async def read_news(app: web.Application) -> None:
-    """Tell what comes of photos, to watchers and to whoever waits; go on when Redis is back."""
-    cluster, last = app[CLUSTER], {}
-    while True:
-        try:
-            if not last:
-                now, _ = await cluster.redis.time()
-                last = dict.fromkeys(["faces:images", "faces:errors"], f"{now}000-0")
-            milliseconds = 1000 if cluster.has_news.is_set() else None
-            for stream, entries in await cluster.redis.xread(last, count=100, block=milliseconds):
-                for entry_id, entry in entries:
-                    last[stream.decode()] = entry_id
-                    photo_id, outcome = read(entry.get(b"json", b""))
-                    cluster.tell(photo_id, outcome)
-                    if isinstance(outcome, Image):
-                        await server.announce(app, outcome)
-            if not cluster.has_news.is_set():  # what is waited for may be lost
-                for photo_id in list(cluster.news):
-                    cluster.tell(photo_id, None)
-            cluster.has_news.set()
-        except RedisError as error:
-            log.warning("There are no news from Redis: %r", error)
-            cluster.has_news.clear()
-            await asyncio.sleep(0.5)
-
-
-async def look_after_jobs(app: web.Application) -> None:
-    """Each second, count the processes of all workers, and send again what is overdue."""
-    cluster, redis = app[CLUSTER], app[CLUSTER].redis
-    process = {"name": worker.NAME, "db": str(cluster.database)}
-    while True:
-        with suppress(RedisError):  # read_news() says so
-            seconds, microseconds = await redis.time()
-            cluster.ahead = seconds + microseconds / 1e6 - time.time()
-            clients = await redis.client_list()
-            cluster.threads = sum(process.items() <= client.items() for client in clients)
-            for photo_id in await worker.run(redis, "overdue", worker.OVERDUE):
-                await asyncio.to_thread(send, photo_id.decode())
-        await asyncio.sleep(1)
-
-
 async def run_background(app: web.Application) -> AsyncIterator[None]:
-    """Do both before the first request, and until after the last."""
-    tasks = {asyncio.create_task(each(app)) for each in (read_news, look_after_jobs)}
-    with suppress(TimeoutError):  # seconds; without Redis it starts too, and answers 503
-        await asyncio.wait_for(app[CLUSTER].has_news.wait(), 3)
+    """Read the news from before the first request until after the last."""
+    cluster = app[server.IMAGES]
+    with suppress(RedisError):  # without Redis it starts too, and answers 503
+        await cluster.look_after_jobs()
+    task = asyncio.create_task(cluster.read_news(app))
     yield
-    while tasks:  # redis-py may miss that it is cancelled
-        for task in tasks:
-            task.cancel()
-        _, tasks = await asyncio.wait(tasks, timeout=0.1)
-    await app[CLUSTER].redis.aclose()
+    task.cancel()
+    await asyncio.wait([task], timeout=1)  # redis-py may miss that it is cancelled
+    await cluster.redis.aclose()
 
 
 async def answer_waiting(app: web.Application) -> None:
     """Wait for those photos for which somebody waits here."""
-    if app[CLUSTER].news:
-        await asyncio.wait(app[CLUSTER].news.values(), timeout=server.LONGEST_STOP)
+    if waiting := list(app[server.IMAGES].news.values()):
+        await asyncio.wait(waiting, timeout=4)  # seconds
 
 
-def create_app(config: Config, redis_url: str, keep_seconds: int) -> web.Application:
+def create_app(config: worker.Config) -> web.Application:
     """Return a web process as an application. Raises OSError or ValueError for bad settings."""
-    app, worker.app.conf.broker_url = server.create_app(config), redis_url
-    app[CLUSTER] = app[server.IMAGES] = Cluster(config, redis_url, keep_seconds)
-    app[server.ANNOTATE] = annotate
+    app = server.create_app(config)
+    app[server.IMAGES] = Cluster(config)
     app.middlewares.append(use_redis)
     app.cleanup_ctx.append(run_background)
     app.on_shutdown.insert(0, answer_waiting)
     return app
 
 
-def main() -> None:
-    """Run a web process with the options of the command line."""
-    parser = server.make_parser()
-    parser.add_argument("--redis-url", default=worker.app.conf.broker_url, help="Redis")
-    parser.add_argument("--keep-seconds", type=int, default=3600, help="for which Redis has images")
-    options = vars(parser.parse_args())
-    redis_options = options.pop("redis_url"), options.pop("keep_seconds")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
-        with suppress(web.GracefulExit, KeyboardInterrupt):  # a second Ctrl+C
-            server.serve(create_app(Config(**options), *redis_options))
-    except (OSError, OverflowError, ValueError) as error:
-        sys.exit(f"It cannot start (--host, --port, --model, --redis-url): {error}")
-    os._exit(0)  # Python would wait for threads whose photos take minutes
-
-
 if __name__ == "__main__":
-    main()
+    server.main(worker.Config, create_app)

@@ -2,96 +2,108 @@
 """A worker of the cluster: takes photos from Redis and annotates them; it knows no HTTP."""
 
 import json
-import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import redis
 from celery import Celery
 from celery.signals import worker_init, worker_process_init
+from kombu.transport.redis import Transport
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import server
 
+# Each script is one step in Redis: all of it happens, or nothing.
 SCRIPTS = {each.stem: each.read_text() for each in Path(__file__).parent.glob("lua/*.lua")}
-
+NAME = "faces-worker"  # of the connection of each process that annotates
 OVERDUE = 20  # seconds; then a photo is sent again, and whatever still works on it is ended
 MOST_STARTS = 3  # of the work on a photo
 TIMEOUTS = {"socket_timeout": 3, "socket_connect_timeout": 3}  # seconds for an answer of Redis
 CONNECTION = {**TIMEOUTS, "protocol": 2}  # with 3, redis-py 8.1 reuses connections that are closed
-NAME = "faces-worker"  # of the connection of each process that annotates
 
-detector: server.Detector | None = None
+
+@dataclass(frozen=True)
+class Config(server.Config):
+    """The settings of server.py, and those of the cluster."""
+
+    redis_url: str = server.option("redis://localhost:6379/0", "URL of Redis")
+    keep_seconds: int = server.option(3600, "seconds for which Redis has an image", minimum=1)
+
+
+config = Config()
 connection: redis.Redis
-app = Celery("faces", broker="redis://localhost:6379/0")
+detector: server.Detector | None = None
+app = Celery("faces", broker=config.redis_url)
 app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,  # Redis may be away for days
     broker_transport_options={**TIMEOUTS, "ack_emulation": False},  # Redis has the photos anyway
     task_default_queue="faces:queue",
-    task_ignore_result=True,  # it is in Redis
     task_acks_late=True,
     task_reject_on_worker_lost=True,  # if a process of a worker is killed, another one begins anew
     task_time_limit=OVERDUE,
+    worker_enable_remote_control=False,
     worker_prefetch_multiplier=1,  # what waits is there for all workers
 )
-
-
-def run(client: Any, script: str, *values: Any) -> Any:
-    """Run a script in Redis, which does all of it in one step; await this in asyncio."""
-    return client.eval(SCRIPTS[script], 0, *values)
+# Garbage in the queue would end a worker. As an error of its connection, it makes it connect anew.
+Transport.connection_errors += (AttributeError, KeyError, TypeError, ValueError)
+Transport.Channel.do_restore = False  # or it would put the garbage back
 
 
 @worker_init.connect
-def prepare(**_: Any) -> None:
+def prepare(**_: object) -> None:
     """Load the detector for all processes of this worker; or end it, in words."""
     global connection, detector
-    model, min_score = os.environ.get("FACES_MODEL", ""), os.environ.get("FACES_MIN_SCORE", "0")
     server.cv2.setNumThreads(1)  # a process has no copy of the threads of another
     try:
         url = app.conf.broker_url
         connection = redis.Redis.from_url(url, client_name=NAME, **CONNECTION)
-        detector = detector or server.load_detector(model, float(min_score))
+        detector = detector or server.load_detector(config.model, config.min_score)
     except (OSError, ValueError) as error:
         sys.exit(f"It cannot start (--model, --min-score, --redis-url): {error}")
 
 
-@worker_process_init.connect
-def connect(**_: Any) -> None:
-    """Connect a process to Redis, where web processes count it."""
-    connection.ping()  # Celery logs its error, if Redis is away
+worker_process_init.connect(lambda **_: connection.ping(), weak=False)  # web processes count these
 
 
 @app.task(name="faces.annotate", autoretry_for=[Exception], default_retry_delay=1)
 def annotate(photo_id: str) -> None:
     """Annotate a photo, and keep and publish what comes of it; do nothing if it is done."""
     begin = time.monotonic()
-    count, waited, filename, photo = run(connection, "start", photo_id, OVERDUE)
-    if not count:
+    with connection.pipeline(transaction=False) as step:
+        step.eval(SCRIPTS["start"], 0, photo_id, OVERDUE)
+        step.hmget(f"faces:photo:{photo_id}", "photo", "filename", "posted")
+        step.time()
+        starts, (photo, filename, posted), (seconds, microseconds) = step.execute()
+    if not starts:
         return
     try:
-        if count > MOST_STARTS:
+        if starts > MOST_STARTS:
             raise server.BadPhoto(f"{MOST_STARTS} times its process failed; it is given up.")
         jpeg, known = server.annotate(photo, detector)
-        took_ms = round((float(waited) + time.monotonic() - begin) * 1000)
+        waited = seconds + microseconds / 1e6 - float(posted)
+        took_ms = round((waited + time.monotonic() - begin) * 1000)
         known |= {"filename": json.loads(filename), "took_ms": took_ms}
     except server.BadPhoto as error:
         jpeg, known = b"", {"error": str(error), "status": error.status}
-    run(connection, "finish", photo_id, json.dumps({"id": photo_id} | known), jpeg)
+
+    image, line = f"faces:image:{photo_id}", json.dumps({"id": photo_id} | known)
+    with connection.pipeline() as step:
+        step.hset(image, "jpeg", jpeg)
+        step.expire(image, config.keep_seconds)
+        step.eval(SCRIPTS["finish"], 0, photo_id, line, len(jpeg))
+        step.execute()
 
 
 def main() -> None:
     """Run `celery worker` with the options of the command line."""
-    parser = server.make_parser()  # of its options, a worker needs three
-    parser.add_argument("--redis-url", default=app.conf.broker_url, help="Redis")
-    options = parser.parse_args()
-    os.environ |= {"FACES_MODEL": options.model, "FACES_MIN_SCORE": str(options.min_score)}
-    app.conf.broker_url = options.redis_url
-    quiet = ["--loglevel=warning", "--without-gossip", "--without-mingle", "--without-heartbeat"]
-    app.worker_main(["worker", *quiet, f"--concurrency={options.threads}"])
+    global config
+    config = Config(**vars(server.make_parser(Config).parse_args()))
+    app.conf.broker_url = config.redis_url
+    app.worker_main(["worker", "--loglevel=warning", f"--concurrency={config.threads}"])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 #!lua flags=allow-oom
--- Return the photos to send again. A photo needs one message: while there are as many as photos, more are no help.
-local seconds = unpack(ARGV)
-local time = redis.call('TIME')
-local now = time[1] + time[2] / 1e6
-if redis.call('LLEN', 'faces:queue') >= redis.call('ZCARD', 'faces:jobs') then return {} end
-local ids = redis.call('ZRANGE', 'faces:jobs', '-inf', now, 'BYSCORE', 'LIMIT', 0, 100)
-for _, id in ipairs(ids) do redis.call('ZADD', 'faces:jobs', now + seconds, id) end
-return ids
+-- Send again what is overdue. With a message in the queue for each photo, more are no help.
+local overdue, now = ARGV[1], redis.call('TIME')[1]
+if redis.call('LLEN', 'faces:queue') >= redis.call('ZCARD', 'faces:jobs') then return end
+for _, id in ipairs(redis.call('ZRANGE', 'faces:jobs', '-inf', now, 'BYSCORE')) do
+  local message = redis.call('HGET', 'faces:photo:' .. id, 'message')
+  if message then
+    redis.call('LPUSH', 'faces:queue', message)
+    redis.call('ZADD', 'faces:jobs', now + overdue, id)
+  else  -- a stranger has listed it
+    redis.call('ZREM', 'faces:jobs', id)
+  end
+end
