@@ -30,6 +30,12 @@ TIMEOUT = 30  # s, for every wait: the tests may share their CPUs with others
 INSTALL = "pip install -r tests/requirements.txt"
 
 
+def run_python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python in the folder of the project; return its exit code, output and errors."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+
+
 # --- A server ---
 class Server(NamedTuple):
     """A running server: its process, where it listens, and the file of its log."""

@@ -17,9 +17,9 @@ import server
 from server import cv2, np
 
 YUNET = ROOT / "models/face_detection_yunet_2023mar.onnx"
-ASTRONAUT, FACE = photos.pixels(), (178, 67, 92, 92)  # x, y, width, height
+PORTRAIT, FACE = photos.pixels(), (178, 67, 92, 92)  # x, y, width, height
 DETECTORS = {"cascade": server.load_detector(), "YuNet": server.load_detector(str(YUNET))}
-CROWD = np.tile(ASTRONAUT[20:220, 120:320], (6, 6, 1))
+CROWD = np.tile(PORTRAIT[20:220, 120:320], (6, 6, 1))
 RELU = base64.b64decode(  # another network (ONNX's ModelProto) of one layer
     "CAc6SwoMCgFhEgFiIgRSZWx1EgFnWhsKAWESFgoUCAESEAoCCAEKAggDCgIIQAoCCEBiGwoBYhIW"
     "ChQIARIQCgIIAQoCCAMKAghACgIIQEICEAs="
@@ -48,26 +48,26 @@ def test_yunet_is_the_file_of_opencv_zoo() -> None:
 @pytest.mark.parametrize("size", [(512, 512), (640, 480), (480, 640), (1280, 1024), (4000, 3000)])
 def test_a_face_is_found_also_stretched(detector: server.Detector, size: tuple[int, int]) -> None:
     where = np.multiply(FACE, np.tile(size, 2) / 512)
-    found = detector(cv2.resize(ASTRONAUT, size))
+    found = detector(cv2.resize(PORTRAIT, size))
     assert max((overlap(face, where) for face in found), default=0) > 0.5
 
 
 def test_a_face_that_fills_a_thumbnail_is_found_in_it() -> None:
     """Enlarged to what the network sees of a photo, it is none."""
     x, y, side, _ = FACE
-    assert DETECTORS["YuNet"](cv2.resize(ASTRONAUT[y : y + side, x : x + side], (16, 16)))
+    assert DETECTORS["YuNet"](cv2.resize(PORTRAIT[y : y + side, x : x + side], (16, 16)))
 
 
 @pytest.mark.parametrize("degrees", [-15, -10, -5, 5, 10, 15])
 def test_a_face_is_found_also_turned(detector: server.Detector, degrees: int) -> None:
     turn = cv2.getRotationMatrix2D((224, 113), degrees, 1)  # around the middle of the face
-    turned = cv2.warpAffine(ASTRONAUT, turn, (512, 512), borderMode=cv2.BORDER_REFLECT)
+    turned = cv2.warpAffine(PORTRAIT, turn, (512, 512), borderMode=cv2.BORDER_REFLECT)
     assert max(map(overlap, detector(turned)), default=0) > 0.5
 
 
 def test_a_face_is_found_also_mirrored_and_dark(detector: server.Detector) -> None:
-    assert len(detector(np.ascontiguousarray(ASTRONAUT[:, ::-1]))) == 1
-    assert len(detector(ASTRONAUT // 3)) == 1
+    assert len(detector(np.ascontiguousarray(PORTRAIT[:, ::-1]))) == 1
+    assert len(detector(PORTRAIT // 3)) == 1
 
 
 def test_each_face_of_a_crowd_is_found(detector: server.Detector) -> None:
@@ -95,7 +95,7 @@ def test_in_a_narrow_photo_yunet_sees_nothing_of_infinite_size() -> None:
 def test_the_box_of_a_face_at_the_edge_ends_there(
     detector: server.Detector, right: int, bottom: int
 ) -> None:
-    for image in (ASTRONAUT[40:, 160:], ASTRONAUT[40:, 100:]):
+    for image in (PORTRAIT[40:, 160:], PORTRAIT[40:, 100:]):
         for face in detector(image[:bottom, :right]):
             assert 0 <= face.x < face.x + face.width <= right
             assert 0 <= face.y < face.y + face.height <= bottom
@@ -118,7 +118,7 @@ def test_a_photo_full_of_proposals_is_searched_in_time() -> None:
 @pytest.mark.parametrize(("size", "degrees"), [(480, 20), (512, -16), (640, 20), (800, -16)])
 def test_the_cascade_finds_a_head_that_leans_to_its_shoulder(size: int, degrees: int) -> None:
     turn = cv2.getRotationMatrix2D((224, 113), degrees, 1)  # around the middle of the face
-    turned = cv2.warpAffine(ASTRONAUT, turn, (512, 512), borderMode=cv2.BORDER_REFLECT)
+    turned = cv2.warpAffine(PORTRAIT, turn, (512, 512), borderMode=cv2.BORDER_REFLECT)
     assert len(DETECTORS["cascade"](cv2.resize(turned, (size, size)))) == 1
 
 
@@ -165,10 +165,10 @@ def test_many_threads_find_what_one_finds(detector: server.Detector) -> None:
 
 def test_a_higher_score_can_be_asked_for() -> None:
     for model, detector in {"": DETECTORS["cascade"], str(YUNET): DETECTORS["YuNet"]}.items():
-        score = detector(ASTRONAUT)[0].score
+        score = detector(PORTRAIT)[0].score
         assert score == round(score, 3)
-        assert server.load_detector(model, score * 0.99)(ASTRONAUT)
-        assert not server.load_detector(model, score * 1.01)(ASTRONAUT)
+        assert server.load_detector(model, score * 0.99)(PORTRAIT)
+        assert not server.load_detector(model, score * 1.01)(PORTRAIT)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_another_cascade_can_be_used(tmp_path) -> None:
     """Its path has letters that OpenCV on Windows cannot open."""
     data = ROOT.joinpath(cv2.data.haarcascades, "haarcascade_frontalface_alt2.xml").read_bytes()
     (tmp_path / "Gesichter, für alle.xml").write_bytes(data)
-    assert server.load_detector(str(tmp_path / "Gesichter, für alle.xml"), 1)(ASTRONAUT)
+    assert server.load_detector(str(tmp_path / "Gesichter, für alle.xml"), 1)(PORTRAIT)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), cv2.error("Insufficient memory")])
@@ -215,7 +215,7 @@ def crowd(part: int) -> np.ndarray:
     """Return a photo of 400 astronauts, each face of that part of the longer side."""
     x, y, side, _ = FACE
     tile = 2000 * (side + 60) // side // part  # pixels, with what is around the face
-    head = cv2.resize(ASTRONAUT[y - 30 : y + side + 30, x - 30 : x + side + 30], (tile, tile))
+    head = cv2.resize(PORTRAIT[y - 30 : y + side + 30, x - 30 : x + side + 30], (tile, tile))
     photo = np.full((2000, 2000, 3), 160, np.uint8)
     for top, left in itertools.product(range(0, 2000, 100), repeat=2):
         photo[top : top + tile, left : left + tile] = head
@@ -240,7 +240,7 @@ def test_it_works_after_its_model_file_was_deleted(tmp_path: Path, name: str) ->
     detector = server.load_detector(str(model))
     model.unlink()
     with ThreadPoolExecutor(1) as pool:
-        assert len(pool.submit(detector, ASTRONAUT).result(60)) == 1
+        assert len(pool.submit(detector, PORTRAIT).result(60)) == 1
 
 
 @pytest.mark.parametrize("score", [-1, float("nan"), 9])

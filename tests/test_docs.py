@@ -49,7 +49,7 @@ SWAGGER_UI = Path(__file__).parent / "node_modules" / "swagger-ui-dist"
 HTTP_METHODS = {"get", "post", "put"}
 
 
-async def answer(method: str, url: str, **kwargs: Any) -> Any:
+async def ask_json(method: str, url: str, **kwargs: Any) -> Any:
     async with (
         aiohttp.ClientSession() as session,
         session.request(method, url, **kwargs) as response,
@@ -103,7 +103,7 @@ async def test_its_examples_of_an_image_are_real_answers(url: str) -> None:
     same = ("width", "height", "faces", "filename")
     assert {name: real[name] for name in same} == {name: example[name] for name in same}
     assert real.keys() == example.keys()
-    assert await answer("GET", f"{url}/image") == [shorten(real)]
+    assert await ask_json("GET", f"{url}/image") == [shorten(real)]
     assert EXAMPLES["images"] == [shorten(example)]
 
 
@@ -114,7 +114,7 @@ def shorten(image: dict[str, Any]) -> dict[str, Any]:
 
 
 async def test_its_example_of_detected_faces_is_a_real_answer(url: str) -> None:
-    real = await answer("POST", f"{url}/detect", data=ASTRONAUT)
+    real = await ask_json("POST", f"{url}/detect", data=ASTRONAUT)
     assert real | {"took_ms": 0} == EXAMPLES["detected"] | {"took_ms": 0}
 
 
@@ -147,7 +147,7 @@ ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
 async def test_its_examples_of_errors_are_real_answers(
     url: str, name: str, method: str, path: str, options: dict[str, Any]
 ) -> None:
-    assert await answer(method, url + path, **options) == EXAMPLES[name]
+    assert await ask_json(method, url + path, **options) == EXAMPLES[name]
 
 
 @pytest.mark.parametrize("name", ["upload_timeout", "queue_full", "memory", "max_clients"])
@@ -166,7 +166,9 @@ async def test_the_answer_that_the_readme_shows_is_a_real_one(url: str) -> None:
 async def test_server_py_alone_has_no_documents_and_says_so(tmp_path: Path) -> None:
     with run_server(program=Path(shutil.copy(ROOT / "server.py", tmp_path))) as running:
         for path in ("/openapi.json", "/docs"):
-            assert f"There is no GET {path}" in (await answer("GET", running.url + path))["detail"]
+            assert (
+                f"There is no GET {path}" in (await ask_json("GET", running.url + path))["detail"]
+            )
 
 
 # --- /docs ---
@@ -220,20 +222,36 @@ async def test_without_internet_a_page_of_our_own_shows_each_operation_and_posts
 
 # --- The documents in Markdown ---
 WIDTH = 100  # characters, as in the code
-DOCUMENTS = [*ROOT.glob("docs/[!s]*.md"), *ROOT.glob("*/README.md"), ROOT / "docs/speed.md"]
-
-
-def prose(document: Path) -> str:
-    """The text of a document without its blocks of code and its tables."""
-    text = re.sub(r"^ *```.*?^ *```$", "", document.read_text("utf-8"), flags=re.M | re.S)
-    return re.sub(r"^\|.*$", "", text, flags=re.M)
-
-
-@pytest.mark.parametrize(
+DOCUMENTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
+each_document = pytest.mark.parametrize(
     "document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT))
 )
+
+
+def without_code(document: Path) -> str:
+    return re.sub(r"^ *```.*?^ *```$", "", document.read_text("utf-8"), flags=re.M | re.S)
+
+
+def anchors(document: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a document."""
+    headings = re.findall(r"^#+ (.*)", without_code(document), re.M)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS[1:], ids=str)
 async def test_a_document_is_wrapped_at_the_width_of_the_code(document: Path) -> None:
-    assert [line for line in prose(document).splitlines() if len(line) > WIDTH] == []
+    lines = without_code(document).splitlines()
+    assert [line for line in lines if len(line) > WIDTH and not line.startswith("|")] == []
+
+
+@each_document
+async def test_each_link_of_a_document_leads_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(document))
+    for link in [link for link in links if "://" not in link]:
+        file, _, anchor = link.partition("#")
+        target = document.parent / file if file else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 async def test_each_test_that_a_document_names_exists() -> None:

@@ -1,13 +1,11 @@
 """Each kind of photo is read, turned upright, and comes out as a plain JPEG."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import photos
 import pytest
-from helpers import ROOT, TIMEOUT
+from helpers import run_python
 from photos import ASTRONAUT
 
 import server
@@ -172,8 +170,7 @@ def test_the_comparison_with_pillow_names_what_differs(tmp_path: Path) -> None:
     xmp = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'
     turned = ASTRONAUT[:2] + photos.segment(0xE1, xmp) + ASTRONAUT[2:]
     tmp_path.joinpath("turned.jpg").write_bytes(turned)
-    command = [sys.executable, str(ROOT / "bench/formats.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    done = run_python("bench/formats.py", tmp_path)
     assert re.findall("^(?:JPEG|PNG|WEBP|GIF) .*", done.stdout, re.MULTILINE) == [
         f"JPEG turned: {tmp_path / 'turned.jpg'} "
     ], done.stderr

@@ -28,6 +28,7 @@ from helpers import (
     flooding,
     head_of,
     health,
+    run_python,
     run_server,
     stop,
     stuffed,
@@ -44,7 +45,7 @@ from server import Config, create_app, serve
 # --- The start ---
 @pytest.mark.parametrize("options", [["--port", "70000"], ["--host", "a b"]])
 def test_an_address_that_cannot_be_used_is_named_in_one_line(options: list[str]) -> None:
-    done = run("server.py", "--port", "0", *options)
+    done = run_python("server.py", "--port", "0", *options)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert options[0] in done.stderr
 
@@ -58,9 +59,7 @@ async def test_the_log_has_the_time_and_one_line_for_a_photo_but_none_for_a_get(
 
 def test_with_an_opencv_that_has_no_cascades_it_says_what_to_install() -> None:
     """OpenCV 5 has none."""
-    start = "import cv2, server; del cv2.CascadeClassifier; server.main()"
-    command = [sys.executable, "-c", start]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    done = run_python("-c", "import cv2, server; del cv2.CascadeClassifier; server.main()")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "requirements.txt" in done.stderr
 
@@ -85,9 +84,7 @@ def serve(_):
     logging.getLogger("asyncio").error("A task failed\\ncoro=<accept() in /serving/server.py>")
 
 server.serve = serve"""
-    done = subprocess.run(
-        [sys.executable, changed(fault)], capture_output=True, text=True, timeout=TIMEOUT
-    )
+    done = run_python(changed(fault))
     assert (done.returncode, "A task failed" in done.stderr) == (0, True)
 
 
@@ -109,11 +106,6 @@ def ipv6() -> None:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("needs IPv6")
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    command = (sys.executable, *command)
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 @pytest.mark.parametrize(
@@ -140,13 +132,13 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused_in_one_line(option: str, value: str) -> None:
-    done = run("server.py", "--port", "0", option, value)
+    done = run_python("server.py", "--port", "0", option, value)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert f"{option} must be" in done.stderr
 
 
 def test_help_tells_what_an_empty_default_means() -> None:
-    text = " ".join(run("server.py", "--help").stdout.split())
+    text = " ".join(run_python("server.py", "--help").stdout.split())
     for option in ("public-url", "allow-origin", "model", "min-score"):
         assert re.search(rf"--{option} ((?!--).)*\(default: none\)", text)
     assert "default: )" not in text
@@ -198,7 +190,7 @@ def test_without_its_page_it_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimized", ["-O", "-OO"])
 async def test_it_also_runs_without_docstrings_and_asserts(optimized: str) -> None:
-    done = run(optimized, "server.py", "--help")
+    done = run_python(optimized, "server.py", "--help")
     assert (done.returncode, "None" in done.stdout) == (0, False)
 
 
