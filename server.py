@@ -928,10 +928,10 @@ def check(config: Config) -> Config:
     return replace(config, public_url=url)
 
 
-def make_parser(settings: type[Config] = Config) -> argparse.ArgumentParser:
+def make_parser(kind: type[Config] = Config) -> argparse.ArgumentParser:
     """Return the parser of the command line, with an option for each of the settings."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for setting in fields(settings):
+    for setting in fields(kind):
         name, default = "--" + setting.name.replace("_", "-"), setting.default
         explanation = f"{setting.metadata['help']} (default: {default or 'none'})"
         if isinstance(default, tuple):
@@ -1015,17 +1015,14 @@ def is_news(record: logging.LogRecord) -> bool:
     return not re.match(".*(accept|serving)", str(record.msg))
 
 
-Create = Callable[..., web.Application]
-
-
-def main(settings: type[Config] = Config, create: Create = create_app) -> None:
+def main(kind: type[Config] = Config, create: Callable[..., web.Application] = create_app) -> None:
     """Run the server with the options of the command line; your own program may have more."""
-    options = vars(make_parser(settings).parse_args())
+    options = vars(make_parser(kind).parse_args())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("asyncio").addFilter(is_news)
     try:
         with suppress(web.GracefulExit, KeyboardInterrupt):  # a second Ctrl+C
-            serve(create(settings(**options)))
+            serve(create(kind(**options)))
     except (OSError, OverflowError, ValueError) as error:
         sys.exit(f"The server cannot start (--host, --port, --model, requirements.txt): {error}")
     os._exit(0)  # Python would wait for threads whose photos take minutes
