@@ -37,7 +37,7 @@ if not re.fullmatch("[1-9][0-9]{0,17}", os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"]
 
 import cv2
 import numpy as np
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WSCloseCode, WSMsgType, web, web_protocol
 from aiohttp.typedefs import Handler
 
 HERE = Path(__file__).resolve().parent
@@ -494,9 +494,9 @@ async def read_body(request: web.Request) -> bytes:
 def find_file(form: bytes, content_type: str) -> tuple[str, bytes]:
     """Return name and content of the file in a form (RFC 7578). Raises HTTPBadRequest.
 
-    A form of short lines would keep aiohttp's own reader, and so everybody, busy for seconds.
+    Short lines would keep aiohttp's reader, and so everybody, busy for long; a long type, email's.
     """
-    boundary = message_from_string(f"Content-Type: {content_type}").get_boundary()
+    boundary = message_from_string(f"Content-Type: {content_type[:256]}").get_boundary()
     first_line = form.lstrip().partition(b"\r\n")[0]
     line = f"--{boundary}".encode(errors="replace") if boundary else first_line
     parts, end, _ = (b"\r\n" + form).partition(b"\r\n" + line + b"--")
@@ -533,8 +533,8 @@ def find_filename(headers: bytes) -> str | None:
 
 # --- Other sites ---
 # Anybody can make a name with a dot resolve to this machine (DNS rebinding).
-LOCAL_HOST = re.compile(r"([\w-]+|[\d.]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
-ANY_HOST = re.compile(r"([\w.-]+|\[[\w:.]+\])(:\d+)?", re.ASCII)
+LOCAL_HOST = re.compile(r"([\w-]{1,63}|[\d.]{7,15}|\[[\w:.]{2,45}\])(:\d{1,5})?", re.ASCII)
+ANY_HOST = re.compile(r"([\w.-]{1,253}|\[[\w:.]{2,45}\])(:\d{1,5})?", re.ASCII)
 
 
 @web.middleware
@@ -596,7 +596,7 @@ async def set_headers(request: web.Request, response: web.StreamResponse) -> Non
 def url_for_others(request: web.Request) -> str:
     """Return the URL for other machines, even to a client that knows the server as localhost."""
     base = base_url(request)
-    is_local = urlsplit(base).hostname in ("localhost", "127.0.0.1", "::1")
+    is_local = re.match(r"https?://(localhost|127\.0\.0\.1|\[::1\])[:/]", base, re.IGNORECASE)
     return request.app.get(ADDRESS, base) if is_local else base
 
 
@@ -995,6 +995,7 @@ def serve(app: web.Application) -> None:
     usage = USAGE.format(address)
     if config.host == "0.0.0.0" and sys.stdout.isatty():
         usage += "\n" + draw_in_terminal(encode_qr(app[ADDRESS]))
+    web_protocol.MAX_MSG_QUEUE_SIZE = 2  # requests that a client may send ahead, each up to 1 MB
     web.run_app(
         app,
         sock=listeners,
@@ -1003,7 +1004,6 @@ def serve(app: web.Application) -> None:
         auto_decompress=False,  # a small body could become a huge one
         handler_cancellation=True,  # otherwise a client that leaves leaves a traceback
         keepalive_timeout=config.upload_timeout,
-        max_headers=64,  # of up to 8 KiB
         lingering_time=0,  # explain_errors() lingers; here, tiny chunks would hold others up
         read_bufsize=4096,  # bytes of a body that are read ahead, and a sixteenth as many chunks
         shutdown_timeout=1,  # second, for handlers that finish() did not end

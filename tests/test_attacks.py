@@ -256,7 +256,7 @@ async def test_a_body_over_the_limit_is_refused_as_it_arrives(
         to_get("/", "A: \0"),
         to_get("/" + "a" * 9000),
         to_get("/", "no colon"),
-        to_get("/", *["A: b"] * 64),  # with Host, 65 headers
+        to_get("/", *["A: b"] * 128),  # with Host, 129 headers
     ],
 )
 async def test_what_is_not_http_is_refused(request_: bytes) -> None:
@@ -322,6 +322,26 @@ async def test_bodies_in_tiny_chunks_hold_nobody_up(fresh: Server, method: str, 
         with Health(fresh) as healthy:
             await asyncio.sleep(3)
     assert max(healthy.waits) < 2 * alone, alone
+
+
+LONG_HEADERS = {
+    "Host": to_get("/join.png", host=2000 * "a"),  # a large QR code
+    "Content-Type": to_post(TINY, f"{FORM}{2000 * ';a=b'}"),
+}
+
+
+@pytest.mark.parametrize("header", LONG_HEADERS)
+async def test_a_long_header_holds_nobody_up(fresh: Server, header: str) -> None:
+    alone = await time_of_an_honest_photo(fresh)
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connect(fresh)) for _ in range(40)]
+        with Health(fresh) as healthy:
+            for client in clients:
+                await client.send(3 * LONG_HEADERS[header])
+            for client in clients:
+                for _ in range(3):
+                    await client.answer()
+    assert max(healthy.waits, default=0) < 2 * alone, alone
 
 
 async def test_frames_without_end_hold_nobody_up(fresh: Server) -> None:
@@ -522,6 +542,20 @@ async def test_a_client_that_reads_no_answer_is_cut_off() -> None:
                 await asyncio.sleep(0.05)
 
 
+async def test_requests_that_wait_behind_an_unread_answer_take_no_memory(fresh: Server) -> None:
+    path = await post_and_get_path(fresh, NOISE)
+    large = to_get("/health", *[f"A{number}: {8000 * 'a'}" for number in range(60)])  # 480 KB
+    async with contextlib.AsyncExitStack() as stack:
+        before = memory(fresh, "VmRSS")
+        for _ in range(5):
+            deaf = await stack.enter_async_context(connect(fresh, receive_buffer=4096))
+            await deaf.send(to_get(path))
+            await deaf.head()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(deaf.send(40 * large), 1)  # the server stops to read
+        assert memory(fresh, "VmRSS") - before < 5 * 5
+
+
 async def test_a_long_list_holds_nobody_up() -> None:
     async with contextlib.AsyncExitStack() as stack:
         server = stack.enter_context(run_server("--keep", "2000"))
@@ -681,6 +715,7 @@ HOSTS = {
     "127.0.0.1:8282": 200,
     "192.168.1.5": 200,
     "[::1]:8282": 200,
+    "[1.2]": 200,  # no address, but no name either
     "evil.test": 403,
     "evil.test.": 403,
     "evil.test:8282": 403,
@@ -695,6 +730,8 @@ HOSTS = {
     "a b": 403,
     "user@localhost": 403,
     "localhost/evil": 403,
+    64 * "a": 403,
+    f"localhost:{64 * '1'}": 403,
     "<script>": 403,
 }
 

@@ -238,7 +238,7 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS[1:], ids=str)
+@each_document
 async def test_a_document_is_wrapped_at_the_width_of_the_code(document: Path) -> None:
     lines = without_code(document).splitlines()
     assert [line for line in lines if len(line) > WIDTH and not line.startswith("|")] == []
