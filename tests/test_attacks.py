@@ -8,8 +8,9 @@ import statistics
 import struct
 import time
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from email.message import Message
+from pathlib import Path
 
 import photos
 import pytest
@@ -606,6 +607,19 @@ async def test_watchers_that_do_not_read_are_cut_off_and_hold_nobody_up(fresh: S
         while (await health(fresh))["clients"] > 1:  # the kernels take up to 4 MB for each
             await post()
         assert memory(fresh, "VmHWM") - before < 10
+
+
+async def test_a_watcher_that_does_not_read_long_announcements_holds_nobody_up(
+    changed: Callable[[str], Path],
+) -> None:
+    """One of 2,000 faces is 110 KB; above 64, aiohttp would wait until the watcher reads."""
+    crowd = "server.load_detector = lambda *_: lambda _: [server.Face(1, 1, 9, 9, 99)] * 2000"
+    async with contextlib.AsyncExitStack() as stack:
+        server = stack.enter_context(run_server(program=changed(crowd)))
+        for _ in range(5):
+            await stack.enter_async_context(watch(server, "?format=json", receive_buffer=2048))
+        while (await health(server))["clients"]:  # the kernels take up to 4 MB for each
+            assert (await ask(server, to_post(TINY))).says(201)
 
 
 async def test_a_watcher_that_is_leaving_takes_nothing_from_the_others(server: Server) -> None:

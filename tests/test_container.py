@@ -1,6 +1,7 @@
 """The container as its users meet it: built, run and stopped by docker, used by a mapped port."""
 
 import asyncio
+import contextlib
 import io
 import json
 import shutil
@@ -25,7 +26,7 @@ COMMAND_TIMEOUT = 300  # seconds, for every command: the first build, or all tes
 # What docs/running.md advises for a flood
 HARDENED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 SMALL = ("--memory", "512m", "--memory-swap", "512m", "-e", "OPENCV_IO_MAX_IMAGE_PIXELS=12000000")
-FOR_SMALL = ("--threads", "2", "--queue", "2", "--max-mb", "5", "--keep-mb", "32")
+FOR_SMALL = ("--threads", "2", "--queue", "2", "--max-mb", "5", "--keep-mb", "16")
 
 
 async def run(*command: str | Path) -> tuple[int, str, str]:
@@ -208,7 +209,18 @@ async def test_a_flood_of_large_photos_does_not_kill_it(
         while time.monotonic() < end:
             answers[await post(client, container, large_photo)] += 1
 
+    async def look() -> None:
+        """Ask for the small picture of the newest image, which may be dropped meanwhile."""
+        while time.monotonic() < end:
+            async with client.get(f"{container.url}/image") as answer:
+                images = await answer.json()
+            with contextlib.suppress(aiohttp.ClientPayloadError):
+                for image in images[:1]:
+                    async with client.get(f"{image['url']}?width=480") as answer:
+                        await answer.read()
+
     async with asyncio.TaskGroup() as clients:
+        clients.create_task(look())
         for _ in range(128):
             clients.create_task(flood())
     after = await container.state()
