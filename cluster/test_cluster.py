@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import io
+import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -51,6 +53,8 @@ def detect(pixels):
         os.kill(os.getpid(), signal.SIGKILL)
     while 70 <= width < 80 and not (FOLDER / f"go-on-{width}").exists():
         time.sleep(0.01)
+    if width >= 1000:
+        time.sleep(0.1)
     return []
 
 
@@ -96,6 +100,11 @@ class Program:
         self.process.send_signal(number)
         return self.process.wait(TIMEOUT)
 
+    def children(self) -> list[int]:
+        """Return the ids of the processes that it started."""
+        pid = self.process.pid
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
     def signal_all(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to the process and to those that it started."""
         with contextlib.suppress(ProcessLookupError):
@@ -135,10 +144,11 @@ class Cluster:
     def __init__(self, redis: Redis, folder: Path) -> None:
         self.redis, self.folder = redis, folder
         self.programs: list[Program] = []
+        self.numbers = itertools.count()
         (folder / "odd_worker.py").write_text(ODD_WORKER)
 
     def start(self, name: str, *command: str | Path, **environment: str) -> Program:
-        log = self.folder / f"{name}-{len(self.programs)}.log"
+        log = self.folder / f"{name}-{next(self.numbers)}.log"
         program = Program(log, *command, **environment)
         self.programs.append(program)
         return program
@@ -148,6 +158,11 @@ class Cluster:
         command = CLUSTER / "web.py", "--port", "0", "--redis-url", self.redis.url, *options
         program = self.start("web", sys.executable, *command)
         return program, program.until_it_says(r"(http://[^/\s]+)")
+
+    async def start_many(self, count: int) -> tuple[list[Program], list[tuple[Program, str]]]:
+        """Start as many odd workers and web processes, all at once."""
+        webs = [asyncio.to_thread(self.web) for _ in range(count)]
+        return [self.odd_worker(2) for _ in range(count)], await asyncio.gather(*webs)
 
     def worker(self, *options: str) -> Program:
         """Start a worker with the real detector."""
@@ -278,6 +293,13 @@ async def test_watch_at_one_process_post_at_another_fetch_at_a_third(
     listed = [each["id"] for each in await client.json(f"{three}/image")]
     assert listed == [each["id"] for each in posted[::-1]]
 
+    # Each process makes small pictures of its own, and keeps them.
+    wide = await client.post(two, photo_of_width(960))
+    for url in (one, three, three):
+        status, small = await client.get(f"{url}/image/{wide['id']}?width=480")
+        pixels = cv2.imdecode(np.frombuffer(small, np.uint8), cv2.IMREAD_COLOR)
+        assert (status, pixels.shape) == (200, (32, 480, 3))
+
     # What is answered at once can be fetched anywhere, and what is wrong with it too.
     promised = await client.post(one, **LATER)
     assert promised == {"id": promised["id"], "url": f"{one}/image/{promised['id']}"}
@@ -396,6 +418,51 @@ async def test_whole_processes_are_killed_at_the_worst_moments(
     assert {each["id"] for each in await client.json(f"{url}/image")} == ids
     assert queue.exists("faces:jobs", "faces:starts", "faces:queue") == 0
     assert queue.get("faces:bytes") == b"0"
+
+
+async def test_processes_are_killed_at_random_moments(cluster: Cluster, client: Client) -> None:
+    """Each photo is as wide as no other, which tells whether one got two ids."""
+    seed = int(os.environ.get("SEED", time.time_ns()))
+    print(f"SEED={seed}")
+    chance = random.Random(seed)
+    workers, webs = await cluster.start_many(3)
+    next_message = await client.watch(webs[0][1])
+    widths = itertools.count(1000)
+    waiting: list[asyncio.Task[tuple[int, Any]]] = []
+    promised: list[str] = []
+
+    async def promise(url: str) -> None:
+        with contextlib.suppress(aiohttp.ClientError):  # it was just killed
+            status, known = await client.try_post(url, photo_of_width(next(widths)), **LATER)
+            assert status == 202, known
+            promised.append(known["id"])
+
+    victims = ["process of a worker", "worker", "web"] * 2
+    chance.shuffle(victims)
+    for victim in victims:
+        posts = [promise(chance.choice(webs)[1]) for _ in range(6)]
+        waiting.append(
+            asyncio.create_task(client.try_post(webs[0][1], photo_of_width(next(widths))))
+        )
+        killing = asyncio.create_task(asyncio.sleep(chance.uniform(0, 0.4)))
+        await asyncio.gather(*posts, killing)
+        if victim == "web":
+            webs.pop()[0].signal_all()
+        elif victim == "worker":
+            workers.pop().signal_all()
+        else:
+            os.kill(chance.choice(chance.choice(workers).children()), signal.SIGKILL)
+
+    url = webs[0][1]
+    answers = [await each for each in waiting]
+    assert [status for status, _ in answers] == [201] * len(waiting)
+    expected = {f"{url}/image/{id}" for id in [*promised, *(known["id"] for _, known in answers)]}
+    announced = []
+    while expected - {*announced}:  # and maybe photos whose 202 was not received
+        announced.append(await next_message())
+    widths_announced = [(await client.json(f"{each}/meta"))["width"] for each in announced]
+    assert len({*announced}) == len(announced) == len({*widths_announced})
+    assert {(await client.get(each))[0] for each in announced} == {200}
 
 
 async def test_a_photo_that_ends_its_process_is_given_up_after_three_starts(
