@@ -1,11 +1,12 @@
 """What does the cluster cost, beside server.py alone on the same machine?
 
-    python bench/cluster.py [--seconds 4] [--rounds 5]
+    python bench/cluster.py [--seconds 4] [--rounds 5] [--size "640 x 480"]
 
 One web process, one worker with a process for each core, and a Redis of its own take turns with
 server.py. For each size of photo it prints the rates of POST /image, their ratio, and what each
-photo costs: milliseconds of CPU time in each process, and the bytes through Redis, as multiples of
-the photo's. Each number is the median of the rounds.
+photo costs: milliseconds of CPU time in each process, the CPU time of server.py divided by that of
+the cluster (which other programs on the machine disturb least), and the bytes through Redis, as
+multiples of the photo's. Each number is the median of the rounds.
 It needs redis-server, and what cluster/requirements.txt names.
 """
 
@@ -66,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", action="append", choices=SIZES, help="(default: all)")
     parser.add_argument("--model", default="")
     options = parser.parse_args()
 
@@ -105,12 +107,12 @@ def main() -> None:
             steps = zip(before, after, counts, strict=True)
             cpu = [(end - begin) * 1000 / count for begin, end, count in steps]
             through = (bytes_through_redis() - bytes_before) / len(took) / len(photo)
-            return [alone, rate, rate / alone, *cpu, through]
+            return [alone, rate, rate / alone, *cpu, cpu[0] / sum(cpu[1:]), through]
 
-        columns = "alone", "cluster", "ratio", *pids, "annotate", "bytes through Redis"
+        columns = "alone", "cluster", "ratio", *pids, "annotate", "CPU ratio", "bytes through Redis"
         print(f"| photo | {' | '.join(columns)} |\n{'| --- ' * (len(columns) + 1)}|")
-        for name, size in SIZES.items():
-            photo = make_photo(*size)
+        for name in options.size or SIZES:
+            photo = make_photo(*SIZES[name])
             for port in (alone_port, cluster_port):
                 asyncio.run(post(port, b"/image", photo, 1))  # warm
             rounds = [measure(photo, options.seconds) for _ in range(options.rounds)]
