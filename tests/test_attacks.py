@@ -275,6 +275,27 @@ async def test_an_upload_that_takes_too_long_is_cut_off(server: Server) -> None:
         assert (await slow.answer()).says(408, "--upload-timeout")
 
 
+async def test_a_client_that_sends_all_before_it_reads_learns_why_it_is_refused(
+    server: Server,
+) -> None:
+    for path, status in (("/image", 413), ("/nothing", 404)):
+        async with connect(server) as client:
+            await client.send(head_of("POST", path, "Content-Length: 30000000") + bytes(30_000_000))
+            assert (await client.answer()).says(status)
+
+
+async def test_a_refused_body_that_trickles_is_cut_off(server: Server) -> None:
+    async with connect(server) as slow, asyncio.timeout(10):
+        await slow.send(head_of("POST", "/nothing", "Content-Length: 99"))
+        assert (await slow.answer()).says(404)
+        ending = asyncio.create_task(slow.end())
+        with contextlib.suppress(ConnectionError):
+            while not ending.done():
+                await slow.send(b"a")
+                await asyncio.wait([ending], timeout=0.5)
+        assert await ending == b""
+
+
 async def test_headers_that_trickle_are_cut_off(server: Server) -> None:
     async with connect(server) as slow, asyncio.timeout(TIMEOUT):
         with contextlib.suppress(ConnectionError):
