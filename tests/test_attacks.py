@@ -482,7 +482,7 @@ async def test_photos_that_are_refused_never_drop_an_image(server: Server) -> No
 
 
 async def test_photos_that_are_refused_never_drop_one_that_is_under_way(server: Server) -> None:
-    slow = photos.png(9, 9, photos.zeros(1500 * MIB))  # libpng reads them for some seconds
+    slow = photos.png(9, 9, photos.zeros(500 * MIB))  # libpng reads them for a second or two
     posting = asyncio.create_task(ask(server, to_post(slow)))
     await until(server, queued=1)
     async with connect(server) as client:
@@ -586,7 +586,7 @@ async def test_a_long_list_holds_nobody_up() -> None:
             await client.send(to_post(TINY) * 100)
             for _ in range(100):
                 assert (await client.answer()).says(201)
-        clients = [await stack.enter_async_context(connect(server)) for _ in range(60)]
+        clients = [await stack.enter_async_context(connect(server)) for _ in range(20)]
         with Health(server) as healthy:
             start = time.monotonic()
             for each in clients:
@@ -619,7 +619,9 @@ async def test_watchers_that_do_not_read_are_cut_off_and_hold_nobody_up(fresh: S
             for _ in range(200):
                 answer = await client.answer()
                 assert answer.says(201)
-                assert await good.frame() == (TEXT, answer.headers["Location"].encode())
+                while (message := await good.frame()) == (PING, b""):
+                    await good.send(frame(PONG, b""))  # on a slow machine
+                assert message == (TEXT, answer.headers["Location"].encode())
 
         await post()  # the images that are kept take their memory
         before = memory(fresh, "VmHWM")

@@ -165,7 +165,7 @@ def test_a_box_stands_out_on_any_photo(side: int, width: int) -> None:
 def test_the_comparison_with_pillow_names_what_differs(tmp_path: Path) -> None:
     """Pillow turns a photo by XMP too, the server does not."""
     pytest.importorskip("PIL", reason="Pillow is missing: pip install -r tests/requirements.txt")
-    for number, photo in enumerate(photos.KINDS.values()):
+    for number, photo in enumerate([*photos.KINDS.values()][::2]):
         tmp_path.joinpath(f"{number}.jpg").write_bytes(photo)
     xmp = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'
     turned = ASTRONAUT[:2] + photos.segment(0xE1, xmp) + ASTRONAUT[2:]
