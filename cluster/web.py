@@ -3,24 +3,23 @@
 
 import asyncio
 import json
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from weakref import WeakValueDictionary
 
-import worker  # isort: skip (it finds server.py)
+import uvloop
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
+import worker  # isort: skip (it finds server.py)
 import server
 
 MAX_WAIT = 70  # seconds for a photo; nginx waits for 75
 News = asyncio.Future[server.Image | None]  # without the JPEG; None: it must be looked up
-log = logging.getLogger("faces.cluster")
 
 
 class Cluster(server.ImageStore):
@@ -109,7 +108,7 @@ class Cluster(server.ImageStore):
                     await self.look_after_jobs()
                     looked = time.monotonic()
             except RedisError as error:
-                log.warning("There are no news from Redis: %r", error)
+                server.log.warning("There are no news from Redis: %r", error)
                 await asyncio.sleep(0.5)
 
 
@@ -122,7 +121,7 @@ def read(line: bytes, jpeg: bytes = b"") -> server.Image | server.BadPhoto | Non
         known["faces"] = list(known["faces"])
         return server.Image(known.pop("id"), known.pop("filename", None), jpeg, known, created=0)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        log.warning("Skipped what a stranger wrote to Redis: %.99r: %r", line, error)
+        server.log.warning("Skipped what a stranger wrote to Redis: %.99r: %r", line, error)
         return None
 
 
@@ -138,7 +137,7 @@ async def post_image(request: web.Request) -> web.Response:
     if image is None:
         raise web.HTTPServiceUnavailable(text="Redis has lost the photo; post it again.")
     found = image.found
-    log.info("%r: %d faces in %d ms", image.filename, len(found["faces"]), found["took_ms"])
+    server.log.info("%r: %d faces in %d ms", image.filename, len(found["faces"]), found["took_ms"])
     return server.reply(image.describe(base), status=201, headers={"Location": url})
 
 
@@ -153,7 +152,7 @@ async def use_redis(request: web.Request, handler: Handler) -> web.StreamRespons
     except OutOfMemoryError:
         text = "Redis is full (--maxmemory)."
     except RedisError as error:
-        log.warning("Redis is away: %r", error)
+        server.log.warning("Redis is away: %r", error)
         text = "Redis is away (--redis-url)."
     raise web.HTTPServiceUnavailable(text=text)
 
@@ -187,4 +186,5 @@ def create_app(config: worker.Config) -> web.Application:
 
 
 if __name__ == "__main__":
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # it takes less time for each photo
     server.main(worker.Config, create_app)
