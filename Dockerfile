@@ -1,8 +1,9 @@
 FROM python:3.13-slim
 WORKDIR /faces
 
-# The dependencies are a layer of their own, which a change of server.py does not rebuild. pip would compile every
-# module; the import compiles only those that the server uses, and shows that they load.
+# The dependencies are a layer of their own, which a change of server.py does not rebuild. pip would
+# compile every module; the import compiles only those that the server uses, and shows that they
+# load.
 ARG REQUIREMENTS=requirements.txt
 COPY requirements.txt .
 COPY cluster/requirements.txt cluster/
@@ -14,7 +15,8 @@ RUN chmod -R a+rX .
 USER nobody
 EXPOSE 8282
 
-# The memory of a photo is kept for the next one: to get it anew takes a tenth of the time of a large photo.
+# The memory of a photo is kept for the next one: to get it anew takes a tenth of the time of a
+# large photo.
 ENV MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=67108864 MALLOC_TRIM_THRESHOLD_=134217728
 # The answers say what is wrong with a photo, and so does the server's own log.
 ENV OPENCV_LOG_LEVEL=SILENT
