@@ -15,7 +15,7 @@ import statistics
 
 # Seconds of CPU, as bench/cluster.py and bench/fanout.py measure them; see docs/scale.md.
 ANNOTATE = {"640 x 480": 0.025, "2 MP": 0.075, "12 MP": 0.125}
-WEB_PHOTO = 0.0028
+WEB_PHOTO = 0.0019
 WEB_MESSAGE = 0.000014  # a watcher and an image
 REDIS_PHOTO = 0.0008
 REDIS_NEWS = 0.000013  # a web process and an image
