@@ -69,7 +69,7 @@ class Config:
     queue: int = option(8, "photos that may wait for each thread")
     max_clients: int = option(500, "watchers at a time")
     model: str = option("", "yunet, or a file: .onnx of YuNet, .xml of a cascade")
-    min_score: float = option(0.0, "score that a face needs, instead of 11, with YuNet 0.7")
+    min_score: float = option(0.0, "score that a face needs; if not given, 11, or 0.7 with YuNet")
 
 
 # --- A photo: bytes in, bytes out ---
@@ -147,7 +147,7 @@ HAAR_SCORE = 11  # windows that a face needs when it is looked at closely
 class HaarDetector(threading.local):
     """Find frontal faces with a Haar cascade (Viola and Jones, 2001); a score counts windows.
 
-    Each thread has cascades of its own: OpenCV lets no two threads use one at a time.
+    Each thread calls __init__ for itself: OpenCV lets no two threads use a cascade at a time.
     """
 
     def __init__(self, cascade: bytes, second: bytes, min_score: float) -> None:
@@ -182,7 +182,7 @@ class Image:
 
 
 class ImageStore:
-    """Images in memory. Beyond its limits, the least recently used goes first."""
+    """Images in memory; the least recently used go first. Async: another store may have to wait."""
 
     def __init__(self, keep: int, keep_mb: int) -> None:
         self.keep, self.keep_mb = keep, keep_mb
@@ -219,17 +219,17 @@ class ImageStore:
 CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 THREADS = web.AppKey("THREADS", ThreadPoolExecutor)
-IMAGES = web.AppKey("IMAGES", ImageStore)  # async, since that of cluster/ waits for others
+IMAGES = web.AppKey("IMAGES", ImageStore)
 WATCHERS: web.AppKey[dict[web.WebSocketResponse, web.Request]] = web.AppKey("WATCHERS")
 ADDRESS = web.AppKey("ADDRESS", str)  # the URL that serve() prints
 SHRINKING = web.AppKey("SHRINKING", asyncio.Lock)
 JOBS: web.AppKey[set[asyncio.Task[Any]]] = web.AppKey("JOBS")  # photos that wait or are in work
-UPLOADED = web.AppKey("UPLOADED", Counter[str])  # the bytes that all uploads under way hold
+UPLOADED = web.AppKey("UPLOADED", Counter[str])  # ["bytes"] that all uploads hold
 
 
 async def announce(app: web.Application, image: Image) -> None:
     """Send the URL of an image, or its JSON, to every watcher."""
-    # While one is sent to, others come and go; so the loop needs a copy.
+    # If sending ever waits, others may come and go meanwhile; so the loop has a copy.
     for websocket, request in list(app[WATCHERS].items()):
         cut_off_if_deaf(request)
         description = image.describe(base_url(request))
@@ -251,12 +251,12 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
     return websocket
 
 
-# --- The handlers, in the order in which a user meets them ---
+# --- The other handlers, in the order in which a user meets them ---
 STATIC = HERE / "static"  # the page; the server also runs without it
 USAGE = """
-  open    http://{0}
-  watch   wscat -c ws://{0}/faces
-  post    curl -F image=@samples/astronaut.jpg http://{0}/image
+  open    http{0}
+  watch   wscat -c ws{0}/faces
+  post    curl -F image=@samples/astronaut.jpg http{0}/image
 """
 
 
@@ -264,8 +264,8 @@ async def get_home(request: web.Request) -> web.StreamResponse:
     """GET /: the page in a browser, and for curl the commands to try."""
     if STATIC.is_dir() and "text/html" in request.headers.get("Accept", ""):
         return web.FileResponse(STATIC / "index.html")
-    address = base_url(request).partition("//")[2].rstrip("/")
-    return web.Response(text=USAGE.format(address))
+    rest = base_url(request).removeprefix("http").rstrip("/")  # of the URL, after http or ws
+    return web.Response(text=USAGE.format(rest))
 
 
 async def post_image(request: web.Request) -> web.Response:
@@ -292,7 +292,8 @@ async def get_image(request: web.Request) -> web.StreamResponse:
     response.content_type = "image/jpeg"
     response.content_length = len(await find_jpeg(request))
     await response.prepare(request)
-    await send_in_pieces(request, response)
+    if request.method == "GET":  # HEAD wants no body
+        await send_in_pieces(request, response)
     return response
 
 
@@ -300,18 +301,18 @@ async def find_image(request: web.Request) -> Image:
     """Return the image that a request asks for. Raises HTTPNotFound."""
     image = await request.app[IMAGES].get(request.match_info["id"])
     if image is None:
-        raise web.HTTPNotFound(text="There is no such image (any more: --keep, --keep-mb).")
+        raise web.HTTPNotFound(text="There is no such image, or no longer (--keep, --keep-mb).")
     return image
 
 
 async def get_meta(request: web.Request) -> web.Response:
-    """GET /image/{id}/meta: the JSON of its post."""
+    """GET /image/{id}/meta: the JSON that answered its post."""
     image = await find_image(request)
     return reply(image.describe(base_url(request)))
 
 
 async def get_images(request: web.Request) -> web.Response:
-    """GET /image: a line of JSON for each image, the newest first."""
+    """GET /image: a JSON list, with a line for each image, the newest first."""
     lines = []
     for image in await request.app[IMAGES].newest():
         description = image.describe(base_url(request))
@@ -429,7 +430,7 @@ def make_harmless(photo: bytes) -> bytes:
 
 
 def plain_exif(webp: bytes) -> bytes:
-    """Move a mark that stands before the EXIF data to their end, or OpenCV overlooks them."""
+    """Move the mark before the EXIF data of a WebP behind them, or OpenCV overlooks the data."""
     before, mark, exif = webp.partition(b"Exif\0\0")
     size = int.from_bytes(before[-4:], "little") - len(mark)  # a chunk has its type, size, data
     return before + exif[:size] + mark + exif[size:]
@@ -494,9 +495,10 @@ async def read_body(request: web.Request) -> bytes:
 def find_file(form: bytes, content_type: str) -> tuple[str, bytes]:
     """Return name and content of the file in a form (RFC 7578). Raises HTTPBadRequest.
 
-    Short lines would keep aiohttp's reader, and so everybody, busy for long; a long type, email's.
+    Not with aiohttp's own reader: a form of short lines would keep it, and so everybody, busy.
     """
-    boundary = message_from_string(f"Content-Type: {content_type[:256]}").get_boundary()
+    short_type = content_type[:256]  # a long one would keep the parser busy
+    boundary = message_from_string(f"Content-Type: {short_type}").get_boundary()
     first_line = form.lstrip().partition(b"\r\n")[0]
     line = f"--{boundary}".encode(errors="replace") if boundary else first_line
     parts, end, _ = (b"\r\n" + form).partition(b"\r\n" + line + b"--")
@@ -532,14 +534,14 @@ def find_filename(headers: bytes) -> str | None:
 
 
 # --- Other sites ---
-# Anybody can make a name with a dot resolve to this machine (DNS rebinding).
+# Any site can make its name resolve to this machine (DNS rebinding); a local name has no dot.
 LOCAL_HOST = re.compile(r"([\w-]{1,63}|[\d.]{7,15}|\[[\w:.]{2,45}\])(:\d{1,5})?", re.ASCII)
 ANY_HOST = re.compile(r"([\w.-]{1,253}|\[[\w:.]{2,45}\])(:\d{1,5})?", re.ASCII)
 
 
 @web.middleware
 async def refuse_other_sites(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse pages of other sites: a browser in this network would let any of them in."""
+    """Refuse pages of other sites: otherwise any page that a visitor opens could use the server."""
     config, host = request.app[CONFIG], request.headers.get("Host")
     if host is not None and not is_own_host(config, host):  # curl may leave it out, no browser does
         raise web.HTTPForbidden(text=f"{host!r} is not this machine (--host, --public-url).")
@@ -602,7 +604,7 @@ def url_for_others(request: web.Request) -> str:
 
 # --- Floods, and clients that do not read ---
 MAX_UNREAD = 64 * 1024  # bytes that a watcher may leave unread
-MAX_MESSAGES = 100  # that a watcher may send within MESSAGES_TIME; most send none
+MAX_MESSAGES = 100  # of a watcher within MESSAGES_TIME end its connection; most send none
 MESSAGES_TIME = 10  # seconds
 PIECE = 64 * 1024  # bytes of an image that are sent at a time
 
@@ -615,7 +617,7 @@ async def run_job(app: web.Application, work: Coroutine[Any, Any, T]) -> T:
     job = asyncio.create_task(work)
     app[JOBS].add(job)
     job.add_done_callback(app[JOBS].discard)
-    job.add_done_callback(lambda job: job.cancelled() or job.exception())  # maybe nobody else asks
+    job.add_done_callback(lambda job: job.cancelled() or job.exception())  # or asyncio would log it
     try:
         return await asyncio.shield(job)
     finally:
@@ -654,7 +656,10 @@ async def find_jpeg(request: web.Request) -> bytes:
 async def make_small(app: web.Application, image: Image) -> None:
     """Make the small JPEG of an image, unless it has one. One at a time: many ask for the same."""
     async with app[SHRINKING]:
-        image.small = image.small or await asyncio.to_thread(shrink, image.jpeg)
+        if not image.small:
+            image.small = await asyncio.to_thread(shrink, image.jpeg)
+            if await app[IMAGES].get(image.id):  # unless it was dropped meanwhile
+                await app[IMAGES].put(image)  # it has grown, so others may have to go
 
 
 def shrink(jpeg: bytes) -> bytes:
@@ -671,7 +676,7 @@ def make_websocket(request: web.Request) -> web.WebSocketResponse:
     websocket = web.WebSocketResponse(
         heartbeat=25,  # seconds; proxies drop a connection that is silent for 30 to 60
         autoping=False,  # wait_until_gone() answers pings, and counts them
-        max_msg_size=1025,  # bytes: 1 KiB may come, though nobody reads it
+        max_msg_size=1025,  # bytes, which aiohttp refuses: 1 KiB may come, though nobody reads it
         compress=False,  # it would take 256 KiB a watcher
         writer_limit=sys.maxsize,  # to send never waits; cut_off_if_deaf() limits what piles up
     )
@@ -713,7 +718,7 @@ def cut_off(request: web.Request) -> None:
 # --- Errors, in words ---
 @web.middleware
 async def explain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer each error with a problem document (RFC 9457), aiohttp's own too."""
+    """Answer a refusal with a problem document (RFC 9457), also if no path or method fits."""
     # Each ends here: an error and its traceback refer to each other, and would keep the photo.
     try:
         return await handler(request)
@@ -732,13 +737,12 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
 
     # Skip the rest of a refused body: a client that is still sending would miss the answer.
     if not request.content.at_eof():
-        with suppress(ConnectionError, TimeoutError):
-            await response.prepare(request)
-            await response.write_eof()
-            async with asyncio.timeout(request.app[CONFIG].upload_timeout):
-                while not request.content.at_eof():  # hold no piece while waiting for the next
-                    await request.content.readany()
-                    await asyncio.sleep(0)
+        await response.prepare(request)
+        await response.write_eof()
+        async with asyncio.timeout(request.app[CONFIG].upload_timeout):  # then it is cut off
+            while not request.content.at_eof():  # hold no piece while waiting for the next
+                await request.content.readany()
+                await asyncio.sleep(0)
     return response
 
 
@@ -820,7 +824,7 @@ def count_windows(cascade: cv2.CascadeClassifier, view: np.ndarray) -> int:
     return count
 
 
-# Longer side of a view in pixels: score from which a small face counts for a crowd
+# Longer side of a view in pixels: score from which a small face counts for a crowd (1.0: never)
 YUNET_VIEWS = {416: 0.05, 832: 0.3, 1664: 1.0}
 YUNET_SMALL = 16  # pixels of a view; it misses some smaller faces
 YUNET_SHORTEST = 64  # pixels; with a shorter side it finds boxes of infinite size
@@ -914,7 +918,7 @@ async def finish(app: web.Application) -> None:
 
 
 def check(config: Config) -> Config:
-    """Return the settings, the public URL without blanks. Raises ValueError if one is odd."""
+    """Return the settings, the public URL without blanks. Raises ValueError if one is bad."""
     for setting in fields(config):
         name, minimum = setting.name.replace("_", "-"), setting.metadata["minimum"]
         value = getattr(config, setting.name)
@@ -923,7 +927,7 @@ def check(config: Config) -> Config:
     if not config.host or not config.host.isprintable():  # "" would mean any address
         raise ValueError(f"--host must be a name or an address, not {config.host!r}")
     url = config.public_url.strip()
-    if url and not PUBLIC_URL.fullmatch(url):
+    if url and not (PUBLIC_URL.fullmatch(url) and urlsplit(url).hostname):  # it may raise itself
         raise ValueError(f"--public-url must be like https://faces.example.org, not {url!r}")
     return replace(config, public_url=url)
 
@@ -992,7 +996,7 @@ def serve(app: web.Application) -> None:
     listeners = open_sockets(config)
     address = f"{address_for_others(config.host)}:{listeners[0].getsockname()[1]}"
     app[ADDRESS] = f"http://{address}/"
-    usage = USAGE.format(address)
+    usage = USAGE.format(f"://{address}")
     if config.host == "0.0.0.0" and sys.stdout.isatty():
         usage += "\n" + draw_in_terminal(encode_qr(app[ADDRESS]))
     web_protocol.MAX_MSG_QUEUE_SIZE = 2  # requests that a client may send ahead, each up to 1 MB
@@ -1016,7 +1020,7 @@ def is_news(record: logging.LogRecord) -> bool:
 
 
 def main(kind: type[Config] = Config, create: Callable[..., web.Application] = create_app) -> None:
-    """Run the server with the options of the command line; your own program may have more."""
+    """Run the server with the options of the command line; your own program may add some."""
     options = vars(make_parser(kind).parse_args())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("asyncio").addFilter(is_news)
@@ -1024,7 +1028,8 @@ def main(kind: type[Config] = Config, create: Callable[..., web.Application] = c
         with suppress(web.GracefulExit, KeyboardInterrupt):  # a second Ctrl+C
             serve(create(kind(**options)))
     except (OSError, OverflowError, ValueError) as error:
-        sys.exit(f"The server cannot start (--host, --port, --model, requirements.txt): {error}")
+        hint = "--host, --port, --public-url, --model, requirements.txt"
+        sys.exit(f"The server cannot start ({hint}): {error}")
     os._exit(0)  # Python would wait for threads whose photos take minutes
 
 

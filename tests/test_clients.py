@@ -198,6 +198,23 @@ async def test_a_proxy_may_write_the_host_of_the_public_url_as_it_likes(host: st
         )
 
 
+async def test_behind_a_proxy_with_tls_the_commands_to_try_use_it() -> None:
+    with run_server("--public-url", "https://faces.test/app/") as server:
+        text = (await ask(server, to_get("/", host="faces.test"))).body.decode()
+    assert "wscat -c wss://faces.test/app/faces" in text
+    assert "https://faces.test/app/image" in text
+
+
+async def test_head_says_how_long_an_image_is_and_the_connection_goes_on(server: Server) -> None:
+    path = await post_and_get_path(server, TINY)
+    full = await ask(server, to_get(path))
+    async with connect(server) as client:
+        await client.send(head_of("HEAD", path) + to_get("/health"))
+        status, headers = await client.head()
+        assert (status, headers["Content-Length"]) == (200, str(len(full.body)))
+        assert (await client.answer()).says(200, '"status": "ok"')
+
+
 async def test_a_page_that_a_proxy_hides_is_told_of_the_public_url(server: Server) -> None:
     """By default, nginx passes the Host of the server behind it."""
     answer = await ask(server, to_get("/image", "Origin: https://faces.test"))

@@ -31,7 +31,7 @@ from helpers import (
     to_post,
 )
 from pages import CARDS, LAPTOP, PHONE, PROJECTOR, choose, connected, expect, grey_jpeg, names
-from photos import ASTRONAUT, ASTRONAUT_FILE, TINY, cv2, encode, np, pixels
+from photos import ASTRONAUT, ASTRONAUT_FILE, MIB, TINY, cv2, encode, np, pixels
 
 if TYPE_CHECKING:
     from pages import Visit
@@ -257,6 +257,16 @@ async def test_who_leaves_before_a_small_picture_is_made_takes_no_place_of_a_pho
         go_on.touch()
         small = await ask(server, to_get(f"{path}?width=480"))
         assert len(small.body) < full / 3
+
+
+async def test_small_pictures_do_not_exceed_the_room_for_images() -> None:
+    """One of 481 x 481 is nearly as large as the full one."""
+    noise = np.random.default_rng(1).integers(0, 256, (481, 481, 3), np.uint8)
+    with run_server("--keep-mb", "2") as server:
+        paths = [await post_and_get_path(server, encode(".jpg", noise)) for _ in range(7)]
+        for path in paths:
+            await ask(server, to_get(f"{path}?width=480"))
+        assert (await health(server))["bytes"] <= 2 * MIB
 
 
 async def test_no_small_picture_brings_back_an_image_that_was_dropped(

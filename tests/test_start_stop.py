@@ -43,7 +43,9 @@ from server import Config, create_app, serve
 
 
 # --- The start ---
-@pytest.mark.parametrize("options", [["--port", "70000"], ["--host", "a b"]])
+@pytest.mark.parametrize(
+    "options", [["--port", "70000"], ["--host", "a b"], ["--public-url", "https://[abc]"]]
+)
 def test_an_address_that_cannot_be_used_is_named_in_one_line(options: list[str]) -> None:
     done = run_python("server.py", "--port", "0", *options)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
