@@ -208,7 +208,7 @@ async def test_a_compressed_body_is_refused(server: Server) -> None:
     assert (await ask(server, to_post(body, "Content-Encoding: gzip"))).says(415, "not a JPEG")
 
 
-FILLERS = [b"\t", b"\r\n", b"; ", b'; filename="', b";filename*=", b"\r\n--b\r\n", b"-"]
+FILLERS = [b"\t", b"a:b\r\n", b"\r\n", b"; ", b'; filename="', b";filename*=", b"\r\n--b\r\n", b"-"]
 
 
 @pytest.mark.parametrize("start", [b"--b", START], ids=["boundary", "headers"])
@@ -224,6 +224,12 @@ async def test_a_form_of_19_mb_of_anything_holds_nobody_up(
         assert (await ask(server, to_post(body, FORM))).status in (400, 415)
         times.append(cpu_time(server, loop_only=True))
     assert times[2] - times[1] < 8 * (times[1] - times[0])
+
+
+@pytest.mark.parametrize("name", ["=?utf-8?b?a?=", "=?none?q?a?=", "=?hex?q?a?="])
+async def test_a_filename_that_cannot_be_decoded_is_left_empty(server: Server, name: str) -> None:
+    form = START.replace(b"a.jpg", name.encode()) + b"\r\n" + TINY + b"\r\n--b--\r\n"
+    assert (await ask(server, to_post(form, FORM))).says(201, '"filename": ""')
 
 
 async def test_a_form_of_millions_of_lines_takes_no_memory(fresh: Server) -> None:
@@ -667,15 +673,31 @@ async def test_ten_watchers_that_talk_all_the_time_hold_nobody_up(
     assert max(healthy.waits) < 5 * alone
 
 
-async def test_a_watcher_that_pings_and_does_not_read_takes_no_memory(server: Server) -> None:
-    async with watch(server, receive_buffer=2048) as deaf:
-        before = memory(server, "VmRSS")
-        with contextlib.suppress(ConnectionError, TimeoutError):
-            async with asyncio.timeout(3):
-                while True:
-                    deaf.writer.write(frame(PING, bytes(125)) * 500)
-                    await deaf.writer.drain()
-        assert memory(server, "VmRSS") - before < 10
+async def test_a_watcher_that_pings_and_does_not_read_takes_no_memory(
+    changed: Callable[[str], Path],
+) -> None:
+    """Not even one that takes its time; so the limit of messages is lifted here."""
+    with run_server(program=changed("server.MAX_MESSAGES = 10**9")) as server:
+        async with watch(server, receive_buffer=2048) as deaf:
+            before = memory(server, "VmHWM")
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                async with asyncio.timeout(5):
+                    while True:
+                        deaf.writer.write(frame(PING, bytes(125)) * 500)
+                        await deaf.writer.drain()
+            assert memory(server, "VmHWM") - before < 10
+
+
+async def test_a_watcher_may_send_a_hundred_messages_if_it_takes_its_time(
+    changed: Callable[[str], Path],
+) -> None:
+    with run_server(program=changed("server.MESSAGES_TIME = 0.5")) as server:
+        async with watch(server) as good:
+            for _ in range(2):
+                await good.send(frame(PONG, b"") * 60)
+                await asyncio.sleep(0.6)
+            await good.send(frame(PING, b"still there"))
+            assert await good.frame() == (PONG, b"still there")
 
 
 @pytest.mark.parametrize("watching", [False, True], ids=["image", "watcher"])
