@@ -138,8 +138,8 @@ def draw(pixels: Pixels, faces: list[Face]) -> None:
 
 
 # --- The detector ---
-SMALLEST_FACE = 33  # pixels, the side of the smallest window that is searched,
-SMALLEST_PART = 38  # or 1/38 of the longer side, if that is more: a large photo costs no more
+SMALLEST_FACE = 33  # pixels, the side of the smallest window that is searched
+SMALLEST_PART = 38  # it is 1/38 of the longer side, if that is more: a large photo costs no more
 CROWD = 12  # so many small faces: the photo is searched again, at twice the size
 HAAR_SCORE = 11  # windows that a face needs when it is looked at closely
 
@@ -1009,7 +1009,7 @@ def serve(app: web.Application) -> None:
         handler_cancellation=True,  # otherwise a client that leaves leaves a traceback
         keepalive_timeout=config.upload_timeout,
         lingering_time=0,  # explain_errors() lingers; here, tiny chunks would hold others up
-        read_bufsize=4096,  # bytes of a body that are read ahead, and a sixteenth as many chunks
+        read_bufsize=4096,  # bytes of a body that are read ahead; it also waits after 256 chunks
         shutdown_timeout=1,  # second, for handlers that finish() did not end
     )
 

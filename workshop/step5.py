@@ -1,4 +1,4 @@
-"""Step 5, trust: nothing that one client does hurts another.
+"""Step 5, trust: limit what one client can do to another.
 
 $ python workshop/step5.py
 $ curl --data-binary @README.md http://127.0.0.1:8282/image
