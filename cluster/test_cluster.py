@@ -184,7 +184,13 @@ async def test_a_web_process_that_is_told_to_stop_answers_who_waits(
 
 @pytest.mark.parametrize("program", ["web.py", "worker.py"])
 @pytest.mark.parametrize(
-    "option, words", {"--redis-url=localhost": "Redis URL", "--model=no.onnx": "no.onnx"}.items()
+    "option, words",
+    {
+        "--redis-url=localhost": "Redis URL",
+        "--model=no.onnx": "no.onnx",
+        "--threads=0": "--threads must be",
+        "--keep-seconds=0": "--keep-seconds must be",
+    }.items(),
 )
 def test_what_cannot_start_says_so_in_one_line(program: str, option: str, words: str) -> None:
     command = [sys.executable, CLUSTER / program, option]

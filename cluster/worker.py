@@ -59,11 +59,11 @@ def prepare(**_: object) -> None:
     global connection, detector
     server.cv2.setNumThreads(1)  # a process has no copy of the threads of another
     try:
-        url = app.conf.broker_url
-        connection = redis.Redis.from_url(url, client_name=NAME, **CONNECTION)
+        server.check(config)
+        connection = redis.Redis.from_url(app.conf.broker_url, client_name=NAME, **CONNECTION)
         detector = detector or server.load_detector(config.model, config.min_score)
     except (OSError, ValueError) as error:
-        sys.exit(f"It cannot start (--model, --min-score, --redis-url): {error}")
+        sys.exit(f"It cannot start (--model, --redis-url): {error}")
 
 
 worker_process_init.connect(lambda **_: connection.ping(), weak=False)  # web processes count these
