@@ -372,6 +372,7 @@ def create_app(config: Config = Config(), detector: Detector | None = None) -> w
     app[SHRINKING] = asyncio.Lock()
     app.on_response_prepare.append(set_headers)
     app.on_shutdown.append(finish)
+    app.on_cleanup.append(end_threads)
 
     app.router.add_get("/", get_home, name="home")
     app.router.add_get("/faces", get_faces)
@@ -914,7 +915,11 @@ async def finish(app: web.Application) -> None:
         await asyncio.wait([*app[JOBS]], timeout=LONGEST_STOP)
     goodbyes = [each.close(code=WSCloseCode.GOING_AWAY, drain=False) for each in app[WATCHERS]]
     await asyncio.gather(*goodbyes)
-    app[THREADS].shutdown(wait=False, cancel_futures=True)  # a photo can take a minute
+
+
+async def end_threads(app: web.Application) -> None:
+    """End the threads, once no handler needs them; do not wait for one that takes a minute."""
+    app[THREADS].shutdown(wait=False, cancel_futures=True)
 
 
 def check(config: Config) -> Config:

@@ -16,6 +16,7 @@ from subprocess import PIPE
 
 import photos
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 from helpers import (
     CLOSE,
     PINGS,
@@ -270,6 +271,17 @@ async def test_a_second_ctrl_c_ends_it_at_once(changed, first: signal.Signals) -
             server.process.send_signal(signal.SIGINT)
             assert await asyncio.to_thread(server.process.wait, TIMEOUT) == 0
             assert time.monotonic() - begin < 3
+
+
+async def test_a_photo_that_comes_during_the_stop_is_answered() -> None:
+    """On a connection that was there before; in the log, it would be a traceback."""
+    app = create_app()
+    async with TestClient(TestServer(app)) as client:
+        async with client.get("/health") as answer:
+            assert answer.status == 200
+        await app.shutdown()
+        async with client.post("/detect", data=TINY) as answer:
+            assert answer.status == 200
 
 
 async def test_a_thread_that_never_ends_does_not_delay_the_stop(changed) -> None:
