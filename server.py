@@ -220,7 +220,8 @@ CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 THREADS = web.AppKey("THREADS", ThreadPoolExecutor)
 IMAGES = web.AppKey("IMAGES", ImageStore)
-WATCHERS: web.AppKey[dict[web.WebSocketResponse, web.Request]] = web.AppKey("WATCHERS")
+Watcher = tuple[web.Request, str, bool]  # the base URL by which it knows the server, wants JSON
+WATCHERS: web.AppKey[dict[web.WebSocketResponse, Watcher]] = web.AppKey("WATCHERS")
 ADDRESS = web.AppKey("ADDRESS", str)  # the URL that serve() prints
 SHRINKING = web.AppKey("SHRINKING", asyncio.Lock)
 JOBS: web.AppKey[set[asyncio.Task[Any]]] = web.AppKey("JOBS")  # photos that wait or are in work
@@ -230,10 +231,9 @@ UPLOADED = web.AppKey("UPLOADED", Counter[str])  # ["bytes"] that all uploads ho
 async def announce(app: web.Application, image: Image) -> None:
     """Send the URL of an image, or its JSON, to every watcher."""
     # If sending ever waits, others may come and go meanwhile; so the loop has a copy.
-    for websocket, request in list(app[WATCHERS].items()):
+    for websocket, (request, base, wants_json) in list(app[WATCHERS].items()):
         cut_off_if_deaf(request)
-        description = image.describe(base_url(request))
-        wants_json = request.query.get("format") == "json"
+        description = image.describe(base)
         text = json.dumps(description) if wants_json else description["url"]
         with suppress(ConnectionError):  # it has just left
             await websocket.send_str(text)
@@ -243,7 +243,8 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
     """GET /faces: a websocket that gets the URL of each new image; with ?format=json, its JSON."""
     websocket = make_websocket(request)
     await websocket.prepare(request)
-    request.app[WATCHERS][websocket] = request
+    wants_json = request.query.get("format") == "json"
+    request.app[WATCHERS][websocket] = (request, base_url(request), wants_json)
     try:
         await wait_until_gone(websocket, request)
     finally:

@@ -282,14 +282,14 @@ async def test_each_photo_and_each_refusal_is_one_line_in_the_log(client, caplog
 
 # --- Pages of other sites ---
 @pytest.mark.parametrize("origin", ["http://evil.test", "http://127.0.0.1:1", "null"])
-async def test_a_page_of_another_site_may_nothing(client, origin):
+async def test_a_page_of_another_site_is_refused(client, origin):
     for method, path in [("POST", "/image"), ("GET", "/faces"), ("GET", "/image")]:
         answer = await client.request(method, path, headers={"Origin": origin})
         assert "--allow-origin" in await refused(answer, 403)
 
 
 @pytest.mark.parametrize("host, status", [("laptop:8282", 200), ("[::1]", 200), ("evil.test", 403)])
-async def test_its_own_page_may_all_but_not_by_a_name_that_anybody_can_make(client, host, status):
+async def test_its_own_page_is_let_in_but_not_by_a_name_that_anybody_can_make(client, host, status):
     for scheme in ("http", "https"):  # a proxy takes the TLS off
         answer = await client.get("/image", headers={"Host": host, "Origin": f"{scheme}://{host}"})
         assert answer.status == status

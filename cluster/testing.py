@@ -158,7 +158,8 @@ class Cluster:
 
     async def start_many(self, count: int) -> tuple[list[Program], list[tuple[Program, str]]]:
         """Start as many odd workers and web processes, all at once."""
-        webs = [asyncio.to_thread(self.web) for _ in range(count)]
+        queue = "--queue", "99"  # photos wait while workers are killed
+        webs = [asyncio.to_thread(self.web, *queue) for _ in range(count)]
         return [self.odd_worker(2) for _ in range(count)], await asyncio.gather(*webs)
 
     def worker(self, *options: str) -> Program:
