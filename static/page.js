@@ -77,7 +77,7 @@ async function remember() {
     for (const photo of kept) known.add(photo.id);
     const newer = photos.filter((photo) => !known.has(photo.id));
     photos = [...newer, ...kept].slice(0, KEEP);
-  }
+  } else setTimeout(remember, HEALTH_PAUSE); // the network failed: ask again
   show();
 }
 

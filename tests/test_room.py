@@ -347,7 +347,29 @@ async def test_a_silent_network_is_noticed_within_a_minute(
     for _ in range(12):
         await page.clock.run_for(MINUTE // 12)
     await expect(page.locator("#state")).to_have_text("Connected again")
+    await page.clock.resume()  # should the list not come at once, it is asked for again
     await names(page).to_have_text(["meanwhile.jpg"])
+
+
+async def test_a_list_that_did_not_come_is_asked_for_again(fresh: Server, visit: Visit) -> None:
+    await post_photo(fresh.url, TINY, "before.jpg")
+    page = await visit(f"{fresh.url}/health")
+    await page.clock.install()
+    failed = asyncio.Event()
+
+    async def fail(route: Route) -> None:
+        failed.set()
+        await route.abort()
+
+    await page.route("**/image", fail)
+    await page.goto(fresh.url)
+    await connected(page)
+    async with asyncio.timeout(TIMEOUT):
+        await failed.wait()
+    await expect(page.locator("#empty")).to_be_visible()
+    await page.unroute("**/image")
+    await page.clock.run_for(MINUTE // 2)
+    await names(page).to_have_text(["before.jpg"])
 
 
 async def test_it_counts_down_to_the_next_try(visit: Visit) -> None:
