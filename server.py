@@ -191,7 +191,7 @@ class ImageStore:
     async def put(self, image: Image) -> None:
         """Keep an image; others go if there is no room, but never this one."""
         self.images[image.id] = image
-        self.images.move_to_end(image.id)  # it may have been there
+        self.images.move_to_end(image.id)  # make_small() puts it again
         room = self.keep_mb * 2**20  # bytes
         while len(self.images) > 1 and (len(self.images) > self.keep or self.size() > room):
             self.images.popitem(last=False)
@@ -220,7 +220,7 @@ CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 THREADS = web.AppKey("THREADS", ThreadPoolExecutor)
 IMAGES = web.AppKey("IMAGES", ImageStore)
-Watcher = tuple[web.Request, str, bool]  # the base URL by which it knows the server, wants JSON
+Watcher = tuple[web.Request, str, bool]  # its base_url(), and whether it wants JSON
 WATCHERS: web.AppKey[dict[web.WebSocketResponse, Watcher]] = web.AppKey("WATCHERS")
 ADDRESS = web.AppKey("ADDRESS", str)  # the URL that serve() prints
 SHRINKING = web.AppKey("SHRINKING", asyncio.Lock)
