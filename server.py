@@ -20,9 +20,9 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from email import errors, header, message_from_string, utils
 from http import HTTPStatus
@@ -272,7 +272,8 @@ async def get_home(request: web.Request) -> web.StreamResponse:
 async def post_image(request: web.Request) -> web.Response:
     """POST /image: annotate a photo, keep the image, announce it, and answer with its JSON."""
     filename, photo = await read_photo(request)
-    image = await run_job(request.app, make_image(request.app, filename, photo))
+    with place_in_queue(request.app):
+        image = await make_image(request.app, filename, photo)
     description = image.describe(base_url(request))
     return reply(description, status=201, headers={"Location": description["url"]})
 
@@ -326,7 +327,8 @@ async def get_images(request: web.Request) -> web.Response:
 async def post_detect(request: web.Request) -> web.Response:
     """POST /detect: find the faces in a photo, and keep nothing."""
     _, photo = await read_photo(request)
-    _, found = await run_job(request.app, annotate_in_thread(request.app, photo, drawn=False))
+    with place_in_queue(request.app):
+        _, found = await annotate_in_thread(request.app, photo, drawn=False)
     return reply(found)
 
 
@@ -594,7 +596,8 @@ async def set_headers(request: web.Request, response: web.StreamResponse) -> Non
     response.headers.setdefault("Cache-Control", "no-cache")  # browsers would keep an old page
     response.headers.setdefault("Content-Security-Policy", "frame-ancestors 'none'")
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
-    response.headers["Vary"] = "Accept, Origin"  # what a browser keeps is for the same site only
+    # What a browser keeps for one site is for no other.
+    response.headers["Vary"] = "Accept, Accept-Encoding, Origin"
 
 
 def url_for_others(request: web.Request) -> str:
@@ -611,19 +614,18 @@ MESSAGES_TIME = 10  # seconds
 PIECE = 64 * 1024  # bytes of an image that are sent at a time
 
 
-async def run_job(app: web.Application, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work for a photo, even if its client leaves; refuse it if too many wait."""
+@contextmanager
+def place_in_queue(app: web.Application) -> Iterator[None]:
+    """Give a photo a place while it waits and is in work; refuse it if there is none."""
     if len(app[JOBS]) >= app[CONFIG].threads * (1 + app[CONFIG].queue):
-        work.close()
         raise web.HTTPServiceUnavailable(text="Too many photos wait (--queue).")
-    job = asyncio.create_task(work)
+    job = asyncio.current_task()
+    assert job  # a handler runs in a task
     app[JOBS].add(job)
-    job.add_done_callback(app[JOBS].discard)
-    job.add_done_callback(lambda job: job.cancelled() or job.exception())  # or asyncio would log it
     try:
-        return await asyncio.shield(job)
+        yield
     finally:
-        del job  # or its error, the frames in its traceback and the job would keep each other
+        app[JOBS].remove(job)
 
 
 async def annotate_in_thread(app: web.Application, photo: bytes, drawn: bool) -> tuple[bytes, Json]:
@@ -651,7 +653,7 @@ async def find_jpeg(request: web.Request) -> bytes:
     image = await find_image(request)
     if request.query.get("width") != str(SMALL_WIDTH) or image.found["width"] <= SMALL_WIDTH:
         return image.jpeg
-    await asyncio.shield(make_small(request.app, image))  # even if this client leaves
+    await make_small(request.app, image)
     return image.small
 
 
@@ -723,7 +725,10 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     """Answer a refusal with a problem document (RFC 9457), also if no path or method fits."""
     # Each ends here: an error and its traceback refer to each other, and would keep the photo.
     try:
-        return await handler(request)
+        response = await handler(request)
+        if isinstance(response, web.FileResponse):  # not by sendfile(): its errors are tracebacks
+            response.enable_compression()
+        return response
     except web.HTTPError as error:
         del error.headers["Content-Type"]  # that of its text
         detail = error.text
@@ -737,15 +742,20 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except ConnectionError:  # the client has left; otherwise each would be a traceback in the log
         return web.Response()
 
-    # Skip the rest of a refused body: a client that is still sending would miss the answer.
     if not request.content.at_eof():
+        await send_early(request, response)
+    return response
+
+
+async def send_early(request: web.Request, response: web.Response) -> None:
+    """Send a refusal, then skip the rest of the body: a client that still sends would miss it."""
+    with suppress(ConnectionError):  # the client has left
         await response.prepare(request)
         await response.write_eof()
         async with asyncio.timeout(request.app[CONFIG].upload_timeout):  # then it is cut off
             while not request.content.at_eof():  # hold no piece while waiting for the next
                 await request.content.readany()
                 await asyncio.sleep(0)
-    return response
 
 
 def explain(request: web.Request, status: int, detail: str | None, **options: Any) -> web.Response:
@@ -1012,9 +1022,8 @@ def serve(app: web.Application) -> None:
         print=lambda _: print(usage, flush=True),  # printed only when SIGTERM already works
         access_log=None,
         auto_decompress=False,  # a small body could become a huge one
-        handler_cancellation=True,  # otherwise a client that leaves leaves a traceback
         keepalive_timeout=config.upload_timeout,
-        lingering_time=0,  # explain_errors() lingers; here, tiny chunks would hold others up
+        lingering_time=0,  # send_early() lingers; here, tiny chunks would hold others up
         read_bufsize=4096,  # bytes of a body that are read ahead; it also waits after 256 chunks
         shutdown_timeout=1,  # second, for handlers that finish() did not end
     )

@@ -304,10 +304,12 @@ async def test_a_refused_body_that_trickles_is_cut_off(server: Server) -> None:
 
 async def test_headers_that_trickle_are_cut_off(server: Server) -> None:
     async with connect(server) as slow, asyncio.timeout(TIMEOUT):
-        with contextlib.suppress(ConnectionError):
-            while not slow.reader.at_eof():
-                await slow.send(b"G")
-                await asyncio.wait([asyncio.create_task(slow.reader.read(1))], timeout=0.5)
+        await slow.send(b"GET / HTTP/1.1\r\nA: ")
+        end = asyncio.create_task(slow.end())
+        while not end.done():
+            with contextlib.suppress(ConnectionError):
+                await slow.send(b"a")
+            await asyncio.wait([end], timeout=0.5)
 
 
 @contextlib.asynccontextmanager
@@ -566,6 +568,20 @@ async def test_a_client_that_reads_no_answer_is_cut_off() -> None:
             await deaf.send(to_get("/openapi.json") * 1000)
             while open_files(server) == before:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
+            while open_files(server) > before:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+
+
+async def test_a_client_that_reads_no_file_of_the_page_leaves_no_traceback(
+    changed, tmp_path: Path
+) -> None:
+    (tmp_path / "large.js").write_bytes(bytes(20 * MIB))
+    program = changed(f"server.STATIC = server.Path({str(tmp_path)!r})")
+    with run_server("--upload-timeout", "1", program=program) as server:
+        before = open_files(server)
+        async with connect(server, receive_buffer=4096) as deaf, asyncio.timeout(TIMEOUT):
+            await deaf.send(to_get("/static/large.js"))
+            assert (await deaf.head())[0] == 200
             while open_files(server) > before:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
@@ -839,7 +855,8 @@ async def test_a_malformed_host_never_reaches_a_watcher() -> None:
 async def test_a_browser_does_not_share_its_cache_with_other_sites(server: Server) -> None:
     """It would show an image of its cache to a page that may not get it from the server."""
     for path in ("/", await post_and_get_path(server, TINY)):
-        assert (await ask(server, to_get(path))).headers["Vary"] == "Accept, Origin"
+        vary = (await ask(server, to_get(path))).headers["Vary"]
+        assert vary == "Accept, Accept-Encoding, Origin"
 
 
 @pytest.mark.parametrize(
