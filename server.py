@@ -463,7 +463,12 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     """Return filename and content of the photo in a body or its form. Raises an HTTPError."""
     filename, photo = None, await read_body(request)
     if request.content_type == "multipart/form-data":
-        filename, photo = find_file(photo, request.headers["Content-Type"])
+        files = find_files(photo, request.headers["Content-Type"]) or await get_files(request)
+        if len(files) != 1:
+            text = "The form must be complete and have exactly one file: a part with a filename."
+            raise web.HTTPBadRequest(text=text)
+        name, photo = files[0]
+        filename = re.split(r"[/\\]", name)[-1].strip('"')[:MAX_FILENAME]  # without folders
     # curl labels -d and --data-binary alike, but -d has stripped the NULs: no photo any more.
     if not photo or (request.content_type.endswith("urlencoded") and b"\0" not in photo):
         raise web.HTTPBadRequest(text="There is no photo. With curl, use -F or --data-binary.")
@@ -496,8 +501,18 @@ async def read_body(request: web.Request) -> bytes:
     return photo
 
 
-def find_file(form: bytes, content_type: str) -> tuple[str, bytes]:
-    """Return name and content of the file in a form (RFC 7578). Raises HTTPBadRequest.
+async def get_files(request: web.Request) -> list[tuple[str, bytes]]:
+    """Return the files of a form that an application around has taken apart already."""
+    try:
+        form = await request.post()
+    except ValueError:  # it has not
+        return []
+    files = [each for each in form.values() if isinstance(each, web.FileField)]
+    return [(unquote(each.filename), each.file.read()) for each in files]
+
+
+def find_files(form: bytes, content_type: str) -> list[tuple[str, bytes]]:
+    """Return name and content of the files in a form (RFC 7578); none if it is cut short.
 
     Not with aiohttp's own reader: a form of short lines would keep it, and so everybody, busy.
     """
@@ -512,14 +527,11 @@ def find_file(form: bytes, content_type: str) -> tuple[str, bytes]:
         filename = find_filename(headers.lstrip())
         if filename is not None and content:
             files.append((filename, content))
-    if len(files) != 1 or not end:
-        text = "The form must be complete and have exactly one file: a part with a filename."
-        raise web.HTTPBadRequest(text=text)
-    return files[0]
+    return files if end else []
 
 
 def find_filename(headers: bytes) -> str | None:
-    """Return the filename of a part, decoded and without folders; None if it is no file."""
+    """Return the filename of a part, decoded; None if it is no file."""
     if headers.count(b";") > MAX_PARAMETERS:
         return None
     message = message_from_string(headers[:MAX_PART_HEADERS].decode(errors="replace"))
@@ -532,9 +544,7 @@ def find_filename(headers: bytes) -> str | None:
             name = unquote(str(header.make_header(header.decode_header(name))))
     except (ValueError, LookupError, TypeError, errors.MessageError):  # malformed
         name = ""
-    if name is None:
-        return None
-    return re.split(r"[/\\]", name)[-1].strip('"')[:MAX_FILENAME]
+    return name
 
 
 # --- Other sites ---

@@ -230,7 +230,6 @@ def fuzz(name: str, seconds: float, seed: int, state_file: str) -> None:
     """Run mutants of a format, and note in a file what runs, which outlives a crash."""
     os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(PIXELS)
     import photos
-    from aiohttp import web
 
     import server
 
@@ -252,7 +251,6 @@ def fuzz(name: str, seconds: float, seed: int, state_file: str) -> None:
     split, join = globals()[f"split_{name.lower()}"], globals()[f"join_{name.lower()}"]
     pool = [split(each) for each in seeds]
     rng = random.Random(seed)
-    ours = (server.BadPhoto, web.HTTPBadRequest)
     box = [server.Face(5, 5, 20, 20, 1.0)]
 
     with Path(state_file).open("r+b") as file:
@@ -277,11 +275,12 @@ def fuzz(name: str, seconds: float, seed: int, state_file: str) -> None:
         start = time.thread_time()
         try:
             if name == "form":
-                server.find_file(data, "multipart/form-data")
+                found = bool(server.find_files(data, "multipart/form-data"))
             else:
-                server.annotate(data, lambda _: box)
-            annotated += 1
-        except ours:
+                found = bool(server.annotate(data, lambda _: box))
+            annotated += found
+            refused += not found
+        except server.BadPhoto:
             refused += 1
         except Exception as error:
             keep(type(error).__name__, data)

@@ -39,7 +39,7 @@ from helpers import (
 )
 from photos import ASTRONAUT, MIB, TINY
 
-from server import IMAGES, Config, create_app, find_file
+from server import IMAGES, Config, create_app, find_files
 
 
 # --- Forms, as programs write them ---
@@ -331,8 +331,7 @@ async def test_parameters_without_end_take_little_time() -> None:
     def measure(filler: bytes) -> float:
         part = START[:-2] + b'; a="' + filler * 1900 + b"\r\n\r\n"
         begin = time.process_time()
-        with contextlib.suppress(web.HTTPBadRequest):
-            find_file(part * 100 + b"\r\n--b--", FORM)
+        find_files(part * 100 + b"\r\n--b--", FORM)
         return time.process_time() - begin
 
     assert measure(b";") < 20 * measure(b"a")
@@ -382,6 +381,23 @@ async def test_a_body_that_an_outer_middleware_has_read_is_a_photo(mount) -> Non
         assert (await client.post("/faces/image", data=body)).status == 201
     answer = await client.post("/faces/image", data=io.BytesIO(bytes(MIB + 1)))
     assert (answer.status, "--max-mb" in await answer.text()) == (413, True)
+
+
+async def test_a_form_that_an_outer_middleware_has_taken_apart_has_its_photo(mount) -> None:
+    @web.middleware
+    async def find_token(request, handler):
+        assert (await request.post())["token"] == "secret"
+        return await handler(request)
+
+    client = await mount([find_token])
+    for filenames, status in (["C:\\class\\a.png"], 201), ([], 400), (["a.png", "b.png"], 400):
+        form = FormData({"token": "secret"})
+        for filename in filenames:
+            form.add_field("image", TINY, filename=filename)
+        answer = await client.post("/faces/image", data=form)
+        assert answer.status == status
+        if status == 201:
+            assert (await answer.json())["filename"] == "a.png"
 
 
 async def test_an_empty_form_is_refused_in_words(server: Server) -> None:
