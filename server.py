@@ -140,7 +140,7 @@ def draw(pixels: Pixels, faces: list[Face]) -> None:
 # --- The detector ---
 SMALLEST_FACE = 33  # pixels, the side of the smallest window that is searched
 SMALLEST_PART = 38  # it is 1/38 of the longer side, if that is more: a large photo costs no more
-CROWD = 12  # so many small faces: the photo is searched again, at twice the size
+CROWD = 12  # so many faces of under 1.5 times that: the photo is searched again, at twice the size
 HAAR_SCORE = 11  # windows that a face needs when it is looked at closely
 
 
@@ -463,7 +463,7 @@ async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     """Return filename and content of the photo in a body or its form. Raises an HTTPError."""
     filename, photo = None, await read_body(request)
     if request.content_type == "multipart/form-data":
-        files = find_files(photo, request.headers["Content-Type"]) or await get_files(request)
+        files = find_files(photo, request.headers["Content-Type"]) or await read_files(request)
         if len(files) != 1:
             text = "The form must be complete and have exactly one file: a part with a filename."
             raise web.HTTPBadRequest(text=text)
@@ -501,7 +501,7 @@ async def read_body(request: web.Request) -> bytes:
     return photo
 
 
-async def get_files(request: web.Request) -> list[tuple[str, bytes]]:
+async def read_files(request: web.Request) -> list[tuple[str, bytes]]:
     """Return the files of a form that an application around has taken apart already."""
     try:
         form = await request.post()
