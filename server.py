@@ -749,8 +749,10 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
         response = explain(request, error.status, str(error))
     except (MemoryError, cv2.error) as error:
         response = explain(request, 503, str(error) or "Memory ran out.")
-    except ConnectionError:  # the client has left; otherwise each would be a traceback in the log
-        return web.Response()
+    except OSError:
+        if request.transport and not request.transport.is_closing():
+            raise
+        return web.Response()  # the client has left, which is worth no traceback in the log
 
     if not request.content.at_eof():
         await send_early(request, response)
@@ -759,10 +761,10 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
 
 async def send_early(request: web.Request, response: web.Response) -> None:
     """Send a refusal, then skip the rest of the body: a client that still sends would miss it."""
-    with suppress(ConnectionError):  # the client has left
+    with suppress(OSError):  # the client has left, or the time is up
         await response.prepare(request)
         await response.write_eof()
-        async with asyncio.timeout(request.app[CONFIG].upload_timeout):  # then it is cut off
+        async with asyncio.timeout(request.app[CONFIG].upload_timeout):
             while not request.content.at_eof():  # hold no piece while waiting for the next
                 await request.content.readany()
                 await asyncio.sleep(0)

@@ -400,6 +400,17 @@ async def test_a_form_that_an_outer_middleware_has_taken_apart_has_its_photo(mou
             assert (await answer.json())["filename"] == "a.png"
 
 
+async def test_a_detector_that_fails_is_an_error_of_the_server(aiohttp_client) -> None:
+    """One that asks another machine may raise what also means that a client has left."""
+
+    def detect(pixels):
+        raise ConnectionRefusedError
+
+    client = await aiohttp_client(create_app(detector=detect))
+    async with client.post("/image", data=TINY) as answer:
+        assert answer.status == 500
+
+
 async def test_an_empty_form_is_refused_in_words(server: Server) -> None:
     request = head_of("POST", "/image", FORM, "Transfer-Encoding: chunked") + b"0\r\n\r\n"
     assert (await ask(server, request)).says(400, "complete")
