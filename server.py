@@ -736,8 +736,8 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     # Each ends here: an error and its traceback refer to each other, and would keep the photo.
     try:
         response = await handler(request)
-        if isinstance(response, web.FileResponse):  # not by sendfile(): its errors are tracebacks
-            response.enable_compression()
+        if isinstance(response, web.FileResponse):
+            response.enable_compression()  # by sendfile(), who leaves would leave a traceback
         return response
     except web.HTTPError as error:
         del error.headers["Content-Type"]  # that of its text
