@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -80,29 +79,19 @@ def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
 
 # --- The browser ---
-@contextlib.asynccontextmanager
-async def chromium(camera: Path) -> AsyncIterator[Browser]:
-    """Run Chromium with a video as its camera."""
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def browser(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Browser]:
+    """Chromium, whose camera sees the astronaut's upper part in 640 x 480 pixels."""
     playwright = pytest.importorskip("playwright.async_api", reason=f"needs Playwright: {INSTALL}")
     if CHROMIUM is None:
         pytest.skip("needs Chromium: apt-get install chromium")
+    video = tmp_path_factory.mktemp("camera") / "astronaut.mjpeg"
+    video.write_bytes(encode(".jpg", cv2.resize(pixels()[:384], (640, 480))) * 2)
     async with playwright.async_playwright() as driver:
-        flags = [*FLAGS, f"--use-file-for-fake-video-capture={camera}"]
+        flags = [*FLAGS, f"--use-file-for-fake-video-capture={video}"]
         browser = await driver.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield browser
         await browser.close()
-
-
-def film(path: Path) -> Path:
-    """Write a video of 640 x 480 pixels, of the astronaut's upper part, as what a camera sees."""
-    path.write_bytes(encode(".jpg", cv2.resize(pixels()[:384], (640, 480))) * 2)
-    return path
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def browser(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Browser]:
-    async with chromium(film(tmp_path_factory.mktemp("camera") / "astronaut.mjpeg")) as browser:
-        yield browser
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -119,11 +108,16 @@ async def firefox() -> AsyncIterator[Browser]:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Page]]]:
-    """Open a URL in a browser profile of its own. In the end, nothing may have gone wrong."""
+    """Open a URL in a browser profile of its own. In the end, nothing may have gone wrong.
+
+    Paused, the page's own time stands still, and goes on only by page.clock.run_for().
+    """
     contexts, faults = [], []
     away = "establish a connection to the server at ws:"  # Firefox calls that an error of the page
 
-    async def visit(url: str, allow: str = "", browser: Browser = browser, **options: Any) -> Page:
+    async def visit(
+        url: str, allow: str = "", paused: bool = False, browser: Browser = browser, **options: Any
+    ) -> Page:
         own = urlsplit(url).netloc
 
         def check(request_url: str) -> None:
@@ -138,6 +132,9 @@ async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Page]
         context = await browser.new_context(**options)
         context.set_default_timeout(TIMEOUT * 1000)
         contexts.append(context)
+        if paused:
+            await context.clock.install(time=0)
+            await context.clock.pause_at(1)  # second
         listener = "(v) => console.log('violates', v.effectiveDirective, v.blockedURI)"
         await context.add_init_script(f"addEventListener('securitypolicyviolation', {listener})")
         page = await context.new_page()

@@ -28,6 +28,7 @@ from photos import ASTRONAUT, TINY
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 30  # s, for every wait: the tests may share their CPUs with others
 INSTALL = "pip install -r tests/requirements.txt"
+NPM_INSTALL = "npm install --prefix tests --no-package-lock --ignore-scripts"
 
 
 def run_python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

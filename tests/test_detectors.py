@@ -40,6 +40,20 @@ def overlap(face: server.Face, other: tuple[float, ...] = FACE) -> float:
     return common / (width * height + width2 * height2 - common)
 
 
+def turned(degrees: int) -> np.ndarray:
+    """Return the portrait, turned around the middle of the face."""
+    turn = cv2.getRotationMatrix2D((224, 113), degrees, 1)
+    return cv2.warpAffine(PORTRAIT, turn, (512, 512), borderMode=cv2.BORDER_REFLECT)
+
+
+def fake(close: int, scan: list[tuple[int, ...]]) -> SimpleNamespace:
+    """Return a cascade that finds this many windows in each close view, and these in a scan."""
+    return SimpleNamespace(
+        getOriginalWindowSize=lambda: (20, 20),
+        detectMultiScale=lambda image, *_: [()] * close if image.shape == (45, 45) else scan,
+    )
+
+
 def test_yunet_is_the_file_of_opencv_zoo() -> None:
     known = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
     assert hashlib.sha256(YUNET.read_bytes()).hexdigest() == known
@@ -60,9 +74,7 @@ def test_a_face_that_fills_a_thumbnail_is_found_in_it() -> None:
 
 @pytest.mark.parametrize("degrees", [-15, -10, -5, 5, 10, 15])
 def test_a_face_is_found_also_turned(detector: server.Detector, degrees: int) -> None:
-    turn = cv2.getRotationMatrix2D((224, 113), degrees, 1)  # around the middle of the face
-    turned = cv2.warpAffine(PORTRAIT, turn, (512, 512), borderMode=cv2.BORDER_REFLECT)
-    assert max(map(overlap, detector(turned)), default=0) > 0.5
+    assert max(map(overlap, detector(turned(degrees))), default=0) > 0.5
 
 
 def test_a_face_is_found_also_mirrored_and_dark(detector: server.Detector) -> None:
@@ -106,10 +118,7 @@ def test_a_photo_full_of_proposals_is_searched_in_time() -> None:
     windows = [(x, y, 20, 20) for x in range(0, 740, 4) for y in range(0, 740, 8)]
     detector, times = server.load_detector(), [time.thread_time()]
     for number in (1000, len(windows)):
-        detector.cascade = SimpleNamespace(
-            getOriginalWindowSize=lambda: (20, 20),
-            detectMultiScale=lambda image, *_: () if image.shape == (45, 45) else windows[:number],  # noqa: B023
-        )
+        detector.cascade = fake(0, windows[:number])
         assert detector(np.zeros((1254, 1254, 3), np.uint8)) == []
         times.append(time.thread_time())
     assert times[2] - times[1] < 20 * (times[1] - times[0])
@@ -117,17 +126,7 @@ def test_a_photo_full_of_proposals_is_searched_in_time() -> None:
 
 @pytest.mark.parametrize(("size", "degrees"), [(480, 20), (512, -16), (640, 20), (800, -16)])
 def test_the_cascade_finds_a_head_that_leans_to_its_shoulder(size: int, degrees: int) -> None:
-    turn = cv2.getRotationMatrix2D((224, 113), degrees, 1)  # around the middle of the face
-    turned = cv2.warpAffine(PORTRAIT, turn, (512, 512), borderMode=cv2.BORDER_REFLECT)
-    assert len(DETECTORS["cascade"](cv2.resize(turned, (size, size)))) == 1
-
-
-def fake(close: int, scan: list[tuple[int, ...]]) -> SimpleNamespace:
-    """Return a cascade that finds this many windows in each close view, and these in a scan."""
-    return SimpleNamespace(
-        getOriginalWindowSize=lambda: (20, 20),
-        detectMultiScale=lambda image, *_: [()] * close if image.shape == (45, 45) else scan,
-    )
+    assert len(DETECTORS["cascade"](cv2.resize(turned(degrees), (size, size)))) == 1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import photos
 import pytest
-from helpers import INSTALL, ROOT, TIMEOUT, post_photo, run_server
+from helpers import INSTALL, NPM_INSTALL, ROOT, TIMEOUT, post_photo, run_server
 from pages import expect
 from photos import ASTRONAUT, ASTRONAUT_FILE
 
@@ -119,16 +119,9 @@ async def test_its_example_of_detected_faces_is_a_real_answer(url: str) -> None:
 
 
 NOBODY = "00000000-0000-4000-8000-000000000000"
-
-
-def form(*photos: bytes) -> dict[str, Any]:
-    part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n'
-    body = b"".join(part + photo + b"\r\n" for photo in photos) + b"--x--"
-    return {"data": body, "headers": {"Content-Type": "multipart/form-data; boundary=x"}}
-
-
+EMPTY_FORM = {"data": b"--x--", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}
 ERRORS: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("no_file", "POST", "/image", form()),
+    ("no_file", "POST", "/image", EMPTY_FORM),
     ("empty", "POST", "/image", {"data": b""}),
     ("other_host", "GET", "/health", {"headers": {"Host": "elsewhere.example"}}),
     ("other_site", "GET", "/health", {"headers": {"Origin": "https://elsewhere.example"}}),
@@ -177,8 +170,7 @@ async def test_server_py_alone_has_no_documents_and_says_so(tmp_path: Path) -> N
 @pytest.fixture
 def swagger_ui() -> Path:
     if not SWAGGER_UI.exists():
-        install = "npm install --prefix tests --no-package-lock --ignore-scripts"
-        pytest.skip(f"needs swagger-ui-dist: {install}")
+        pytest.skip(f"needs swagger-ui-dist: {NPM_INSTALL}")
     return SWAGGER_UI
 
 

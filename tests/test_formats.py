@@ -5,7 +5,7 @@ from pathlib import Path
 
 import photos
 import pytest
-from helpers import run_python
+from helpers import INSTALL, run_python
 from photos import ASTRONAUT
 
 import server
@@ -164,7 +164,7 @@ def test_a_box_stands_out_on_any_photo(side: int, width: int) -> None:
 
 def test_the_comparison_with_pillow_names_what_differs(tmp_path: Path) -> None:
     """Pillow turns a photo by XMP too, the server does not."""
-    pytest.importorskip("PIL", reason="Pillow is missing: pip install -r tests/requirements.txt")
+    pytest.importorskip("PIL", reason=f"needs Pillow: {INSTALL}")
     for number, photo in enumerate([*photos.KINDS.values()][::2]):
         tmp_path.joinpath(f"{number}.jpg").write_bytes(photo)
     xmp = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'

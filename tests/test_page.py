@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import shutil
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from aiohttp.test_utils import TestServer
 from helpers import ROOT, TIMEOUT, post_photo, run_server
 from pages import CARDS, LAPTOP, PHONE, PROJECTOR, choose, connected, expect, grey_jpeg, names
 from photos import ASTRONAUT, ASTRONAUT_FILE, TINY, cv2, encode, np, pixels
+
+from server import Config, Face, create_app, load_detector
 
 if TYPE_CHECKING:
     from pages import Visit
@@ -127,6 +130,20 @@ async def test_it_works_below_a_path(visit: Visit) -> None:
 
 
 # --- Post ---
+
+
+def watch_posts(page: Page) -> list[int]:
+    """How many posts were under way, each time that one was sent."""
+    under_way, counts = set(), []
+
+    def sent(request: Request) -> None:
+        if request.method == "POST":
+            under_way.add(request)
+            counts.append(len(under_way))
+
+    page.on("request", sent)
+    page.on("response", lambda response: under_way.discard(response.request))
+    return counts
 
 
 async def test_post_by_choosing_files_one_after_the_other(
@@ -388,7 +405,7 @@ async def test_a_late_visitor_sees_the_photos_that_are_kept(
 async def test_after_a_lost_connection_the_page_shows_what_it_missed(
     url: str, visit: Visit
 ) -> None:
-    page = await visit(f"{url}/health")
+    page = await visit(f"{url}/health", paused=True)
     sockets: list[WebSocketRoute] = []
 
     def connect(socket: WebSocketRoute) -> None:
@@ -403,6 +420,7 @@ async def test_after_a_lost_connection_the_page_shows_what_it_missed(
     await sockets[0].close()
     await expect(page.locator("#state")).to_contain_text("The server is away")
     await post_photo(url, TINY, "2.jpg")
+    await page.clock.run_for(1000)  # until it connects again
     await expect(page.locator("#state")).to_have_text("Connected again")
     await names(page).to_have_text(["2.jpg", "1.jpg", "0.jpg"])
 
@@ -452,10 +470,12 @@ async def test_after_a_restart_it_shows_what_is_kept_and_says_so(visit: Visit) -
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "classroom"], ids=["https or local", "plain http"])
 async def test_its_link_can_be_copied(url: str, visit: Visit, host: str) -> None:
-    page = await connected(await visit(url.replace("127.0.0.1", host)))
+    page = await connected(await visit(url.replace("127.0.0.1", host), paused=True))
     photo = await post_photo(url)
     await page.get_by_role("button", name="Copy link").click()
     await expect(page.get_by_role("button", name="Copied")).to_be_focused()
+    await page.clock.run_for(2000)
+    await expect(page.get_by_role("button", name="Copy link")).to_be_focused()
     paste = "document.body.append(Object.assign(document.createElement('input'), { id: 'paste' }))"
     await page.evaluate(paste)
     await page.locator("#paste").focus()
@@ -472,7 +492,7 @@ async def test_the_newest_50_stay_newest_first(url: str, visit: Visit) -> None:
 
 
 async def test_a_slow_viewer_skips_to_the_newest(url: str, visit: Visit) -> None:
-    page = await connected(await visit(url))
+    page = await connected(await visit(url, paused=True))  # or a picture were passed over
     asked, released = [], asyncio.Event()
 
     async def slow_network(route: Route) -> None:
@@ -529,20 +549,6 @@ async def test_the_example_page_of_the_docs_works(visit: Visit) -> None:
 # --- The live camera ---
 
 
-def watch_posts(page: Page) -> list[int]:
-    """How many posts were under way, each time that one was sent."""
-    under_way, counts = set(), []
-
-    def sent(request: Request) -> None:
-        if request.method == "POST":
-            under_way.add(request)
-            counts.append(len(under_way))
-
-    page.on("request", sent)
-    page.on("response", lambda response: under_way.discard(response.request))
-    return counts
-
-
 async def start_camera(page: Page) -> Page:
     await page.get_by_role("button", name="Live camera").click()
     await expect(page.locator("#seen")).to_have_text("1 face")
@@ -590,11 +596,13 @@ async def test_the_camera_shows_the_video_itself_at_its_own_rate(camera: Page) -
         const frames = (each) => each.getVideoPlaybackQuality().totalVideoFrames;
         const count = () => [video, beside].map(frames);
         const before = count();
-        await new Promise((done) => setTimeout(done, 1000));
+        while (frames(beside) < before[1] + 30)
+            await new Promise((done) => beside.requestVideoFrameCallback(done));
         return count().map((number, index) => number - before[index]);
     }"""
-    shown, beside = await camera.evaluate(count_frames)
-    assert shown > 0.7 * beside > 0
+    async with asyncio.timeout(TIMEOUT):
+        shown, beside = await camera.evaluate(count_frames)
+    assert shown > 0.7 * beside
 
 
 async def test_the_boxes_are_drawn_over_the_video_mirrored(camera: Page) -> None:
@@ -623,9 +631,23 @@ async def test_the_camera_shows_its_rate_and_the_number_of_faces(camera: Page) -
 
 
 async def test_two_looks_are_under_way_at_once(camera: Page) -> None:
-    under_way = watch_posts(camera)
-    await looks(camera, 10)
-    assert max(under_way) == 2
+    looking: list[Route] = []
+    two = asyncio.Event()
+
+    async def answer_never(route: Route) -> None:
+        looking.append(route)
+        if len(looking) == 2:
+            two.set()
+
+    await camera.route("**/detect", answer_never)
+    see_five_more_frames = """async () => {
+        for (let i = 0; i < 5; i++)
+            await new Promise((done) => video.requestVideoFrameCallback(done));
+    }"""
+    async with asyncio.timeout(TIMEOUT):
+        await two.wait()
+        await camera.evaluate(see_five_more_frames)
+    assert len(looking) == 2
 
 
 async def test_what_the_camera_sees_is_neither_kept_nor_announced(
@@ -689,23 +711,25 @@ async def test_by_plain_http_the_button_says_what_to_do_before_one_presses_it(
 
 
 async def test_the_camera_waits_for_a_busy_server(visit: Visit) -> None:
-    large = grey_jpeg(7000, 7000)
-    with run_server("--queue", "0") as server:
-        async with aiohttp.ClientSession() as session:
-            page = await start_camera(
-                await connected(await visit(server.url, permissions=["camera"]))
-            )
+    both_work, go_on = threading.Barrier(3), threading.Event()
+    detector = load_detector()
 
-            async def keep_busy() -> None:
-                while True:
-                    async with session.post(f"{server.url}/image", data=large) as response:
-                        await response.read()
+    def detect(image: np.ndarray) -> list[Face]:
+        if len(image) == 9:  # rows, as TINY has
+            both_work.wait(TIMEOUT)
+            go_on.wait(TIMEOUT)
+        return detector(image)
 
-            others = [asyncio.create_task(keep_busy()) for _ in range(2 * (os.cpu_count() or 1))]
-            await expect(page.locator("#seen")).to_have_text("The server is busy")
-            for other in others:
-                other.cancel()
-            await expect(page.locator("#seen")).to_have_text("1 face")
+    async with TestServer(create_app(Config(threads=2, queue=0), detect)) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        page = await connected(await visit(url, permissions=["camera"]))
+        posts = [asyncio.create_task(post_photo(url, TINY)) for _ in range(2)]
+        await asyncio.to_thread(both_work.wait, TIMEOUT)
+        await page.get_by_role("button", name="Live camera").click()
+        await expect(page.locator("#seen")).to_have_text("The server is busy")
+        go_on.set()
+        await asyncio.gather(*posts)
+        await expect(page.locator("#seen")).to_have_text("1 face")
 
 
 async def test_the_camera_waits_for_a_server_that_is_away(visit: Visit) -> None:
@@ -845,8 +869,10 @@ async def test_a_photo_has_two_stops_for_the_tab_key(url: str, visit: Visit) -> 
 
 
 async def test_a_screen_reader_is_told_of_new_photos(url: str, visit: Visit) -> None:
-    page = await connected(await visit(url))
+    page = await connected(await visit(url, paused=True))
     for _ in range(2):
         await post_photo(url)
+    await expect(page.locator(CARDS)).to_have_count(2)
+    await page.clock.run_for(2000)
     news = page.get_by_role("status").filter(has_text="new photo")
     await expect(news).to_have_text("2 new photos, 2 faces")
