@@ -630,7 +630,9 @@ async def test_the_camera_shows_its_rate_and_the_number_of_faces(camera: Page) -
     await expect(about).to_contain_text(re.compile(r"\b[1-9]\d* looks a second"))
 
 
-async def test_two_looks_are_under_way_at_once(camera: Page) -> None:
+async def test_two_looks_are_under_way_at_once(url: str, visit: Visit) -> None:
+    page = await connected(await visit(url, paused=True, permissions=["camera"]))
+    await start_camera(page)
     looking: list[Route] = []
     two = asyncio.Event()
 
@@ -639,14 +641,14 @@ async def test_two_looks_are_under_way_at_once(camera: Page) -> None:
         if len(looking) == 2:
             two.set()
 
-    await camera.route("**/detect", answer_never)
+    await page.route("**/detect", answer_never)
     see_five_more_frames = """async () => {
         for (let i = 0; i < 5; i++)
             await new Promise((done) => video.requestVideoFrameCallback(done));
     }"""
     async with asyncio.timeout(TIMEOUT):
         await two.wait()
-        await camera.evaluate(see_five_more_frames)
+        await page.evaluate(see_five_more_frames)
     assert len(looking) == 2
 
 
