@@ -11,9 +11,10 @@ import select
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import aiohttp
 import pytest
@@ -33,7 +34,9 @@ from helpers import (
     to_post,
 )
 from pages import CARDS, LAPTOP, PHONE, PROJECTOR, choose, connected, expect, grey_jpeg, names
-from photos import ASTRONAUT, ASTRONAUT_FILE, MIB, TINY, cv2, encode, np, pixels
+from photos import ASTRONAUT, ASTRONAUT_FILE, MIB, TINY, cv2, encode, np, photo_of, pixels
+
+from server import shrink
 
 if TYPE_CHECKING:
     from pages import Visit
@@ -53,7 +56,7 @@ MINUTE = 60_000  # ms
 
 
 @pytest.fixture
-def room() -> Any:
+def room() -> Iterator[tuple[str, str]]:
     """A server for a room: its address for the class, and the URL for its own machine."""
     with run_server("--host", "0.0.0.0") as server:
         yield server.url, f"http://127.0.0.1:{server.port}"
@@ -206,10 +209,12 @@ async def test_the_focus_stays_among_the_photos_when_its_card_goes(url: str, vis
 
 
 # --- Pictures that fit the network ---
+WIDE = photo_of(2048, 1024)
+
+
 async def test_a_phone_loads_small_pictures(url: str, visit: Visit) -> None:
-    photo = encode(".jpg", cv2.resize(pixels(), (2048, 2048)))
     for _ in range(3):
-        await post_photo(url, photo)
+        await post_photo(url, photo_of(2048, 2048))
     page = await visit(url, **PHONE | {"device_scale_factor": 3})
     await expect(page.locator("#photos img").nth(2)).not_to_have_js_property("naturalWidth", 0)
     sources = await page.locator("#photos img").evaluate_all("all => all.map((i) => i.currentSrc)")
@@ -217,21 +222,22 @@ async def test_a_phone_loads_small_pictures(url: str, visit: Visit) -> None:
     assert not (await page.locator("#photos a").first.get_attribute("href")).endswith("480")
 
 
-async def test_a_small_picture_is_made_once_and_kept_within_the_limits() -> None:
-    photo = encode(".jpg", cv2.resize(pixels(), (2048, 1024)))
-    with run_server("--keep-mb", "1") as server:
-        async with aiohttp.ClientSession(server.url) as session:
-            for _ in range(8):
-                image = await post_photo(server.url, photo)
-            async with session.get("/health") as answer:
-                assert (await answer.json())["bytes"] <= 2**20
-            path = f"/image/{image['id']}"
-            sizes = {}
-            for query in ("", "?width=480", "?width=99999"):
-                async with session.get(path + query) as answer:
-                    small = cv2.imdecode(np.frombuffer(await answer.read(), np.uint8), 1)
-                    sizes[query] = small.shape[1::-1]
-    assert sizes == {"": (2048, 1024), "?width=480": (480, 240), "?width=99999": (2048, 1024)}
+@pytest.mark.parametrize(
+    ("query", "size"), [("", (2048, 1024)), ("?width=480", (480, 240)), ("?width=99", (2048, 1024))]
+)
+async def test_a_picture_comes_in_two_sizes(url: str, query: str, size: tuple[int, int]) -> None:
+    image = await post_photo(url, WIDE)
+    async with aiohttp.ClientSession() as session, session.get(image["url"] + query) as answer:
+        assert pixels(await answer.read()).shape[1::-1] == size
+
+
+async def test_a_small_picture_is_made_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = await post_photo(url, WIDE)
+    making = Mock(side_effect=shrink)
+    monkeypatch.setattr("server.shrink", making)
+    for _ in range(2):
+        async with aiohttp.ClientSession() as session, session.get(f"{image['url']}?width=480"):
+            making.assert_called_once()
 
 
 SLOW_SHRINKING = """
@@ -256,12 +262,12 @@ async def exists(path: Path) -> None:
 
 
 async def test_who_leaves_before_a_small_picture_is_made_takes_no_place_of_a_photo(
-    changed, tmp_path: Path
+    changed: Callable[[str], Path], tmp_path: Path
 ) -> None:
     began, go_on = tmp_path / "began", tmp_path / "go on"
     program = changed(SLOW_SHRINKING.format(began=str(began), go_on=str(go_on)))
     with run_server("--threads", "1", "--queue", "0", program=program) as server:
-        path = await post_and_get_path(server, encode(".jpg", cv2.resize(pixels(), (2048, 1024))))
+        path = await post_and_get_path(server, WIDE)
         full = (await health(server))["bytes"]
         async with connect(server) as leaving:
             await leaving.send(to_get(f"{path}?width=480"))
@@ -283,12 +289,12 @@ async def test_small_pictures_do_not_exceed_the_room_for_images() -> None:
 
 
 async def test_no_small_picture_brings_back_an_image_that_was_dropped(
-    changed, tmp_path: Path
+    changed: Callable[[str], Path], tmp_path: Path
 ) -> None:
     began, go_on = tmp_path / "began", tmp_path / "go on"
     program = changed(SLOW_SHRINKING.format(began=str(began), go_on=str(go_on)))
     with run_server("--keep", "1", program=program) as server:
-        path = await post_and_get_path(server, encode(".jpg", cv2.resize(pixels(), (2048, 1024))))
+        path = await post_and_get_path(server, WIDE)
         asked = asyncio.create_task(ask(server, to_get(f"{path}?width=480")))
         await exists(began)
         newer = await post_and_get_path(server, TINY)
