@@ -162,6 +162,15 @@ async def post_photo(url: str, photo: bytes = ASTRONAUT, name: str = "astronaut.
         return await response.json()
 
 
+async def ask_json(method: str, url: str, **options: Any) -> Any:
+    """Send a request; return the JSON of the answer."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.request(method, url, **options) as response,
+    ):
+        return await response.json(content_type=None)
+
+
 # --- A client without manners ---
 class Answer(NamedTuple):
     status: int

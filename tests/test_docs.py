@@ -14,10 +14,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import photos
 import pytest
-from helpers import INSTALL, NPM_INSTALL, ROOT, TIMEOUT, post_photo, run_server
+from helpers import INSTALL, NPM_INSTALL, ROOT, TIMEOUT, ask_json, post_photo, run_server
 from pages import expect
 from photos import ASTRONAUT, ASTRONAUT_FILE
 
@@ -48,14 +47,6 @@ EXAMPLES = {
 }
 SWAGGER_UI = Path(__file__).parent / "node_modules" / "swagger-ui-dist"
 HTTP_METHODS = {"get", "post", "put"}
-
-
-async def ask_json(method: str, url: str, **kwargs: Any) -> Any:
-    async with (
-        aiohttp.ClientSession() as session,
-        session.request(method, url, **kwargs) as response,
-    ):
-        return await response.json(content_type=None)
 
 
 # --- The OpenAPI document ---

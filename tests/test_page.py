@@ -18,7 +18,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from helpers import ROOT, TIMEOUT, post_photo, run_server
+from helpers import ROOT, TIMEOUT, ask_json, post_photo, run_server
 from pages import CARDS, LAPTOP, PHONE, PROJECTOR, choose, connected, expect, grey_jpeg, names
 from photos import ASTRONAUT, ASTRONAUT_FILE, TINY, cv2, encode, np, pixels
 
@@ -34,11 +34,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 async def kind_of(url: str, **headers: str) -> tuple[int, str]:
     async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as response:
         return response.status, response.content_type
-
-
-async def kept(url: str) -> Any:
-    async with aiohttp.ClientSession() as session, session.get(f"{url}/image") as response:
-        return await response.json()
 
 
 # --- GET / ---
@@ -387,7 +382,8 @@ async def test_another_browser_sees_it(url: str, visit: Visit) -> None:
     await expect(picture).not_to_have_js_property("naturalWidth", 0)
     async with watcher.expect_popup() as full_size:
         await card.get_by_role("link").click()
-    assert (await full_size.value).url == (await kept(url))[0]["url"]
+    (listed,) = await ask_json("GET", f"{url}/image")
+    assert (await full_size.value).url == listed["url"]
 
 
 @pytest.mark.parametrize("device", [PHONE, LAPTOP], ids=["phone", "laptop"])
@@ -644,7 +640,7 @@ async def test_what_the_camera_sees_is_neither_kept_nor_announced(
     for _ in range(5):
         async with camera.expect_response("**/detect"):
             pass  # and look again
-    assert await kept(url) == []
+    assert await ask_json("GET", f"{url}/image") == []
     await post_photo(url, name="later.jpg")
     await names(watcher).to_have_text(["later.jpg"])
 
@@ -653,9 +649,8 @@ async def test_a_button_posts_one_picture_to_all(url: str, visit: Visit, camera:
     watcher = await connected(await visit(url))
     await camera.get_by_role("button", name="Post this picture to all").click()
     await names(watcher).to_have_text(["camera.jpg"])
-    (picture,) = await kept(url)
-    async with aiohttp.ClientSession() as session, session.get(f"{picture['url']}/meta") as meta:
-        picture = await meta.json()
+    (listed,) = await ask_json("GET", f"{url}/image")
+    picture = await ask_json("GET", f"{listed['url']}/meta")
     (face,) = picture["faces"]
     assert (picture["width"], picture["height"]) == (640, 480)
     assert face["x"] + face["width"] / 2 == pytest.approx(282, abs=20)  # as others see her
