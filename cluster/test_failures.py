@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ from testing import (
     Client,
     Cluster,
     photo_of_width,
+    until,
 )
 
 
@@ -47,21 +49,23 @@ async def test_whole_processes_are_killed_at_the_worst_moments(
     cluster: Cluster, client: Client
 ) -> None:
     """At once, as it takes a while until a photo is overdue."""
-    began, queue = time.monotonic(), cluster.redis.client
-    working, (doomed, doomed_url), (_, url) = cluster.odd_worker(1), cluster.web(), cluster.web()
+    queue, working = cluster.redis.client, cluster.odd_worker(1)
+    (doomed, doomed_url), (_, url) = (cluster.web("--queue", "99") for _ in range(2))
     next_message = await client.watch(url)
 
     # One worker is killed in the middle of a photo, another before it reads what Redis gave it.
     waiting = asyncio.create_task(client.post(url, SLOW))
     await cluster.begun(70)
+    killed = time.monotonic()
     working.signal_all()
     stuck, promised, is_taken = cluster.odd_worker(1), [], False
-    while not is_taken:  # it asks Redis each second, for a second
-        stuck.signal_all(signal.SIGCONT)
-        await asyncio.sleep(0.2)
-        stuck.signal_all(signal.SIGSTOP)
-        promised.append(await client.post(doomed_url, **LATER))
-        is_taken = not queue.exists("faces:queue")
+    async with asyncio.timeout(TIMEOUT):
+        while not is_taken:  # Redis may have told it in the last moment that there is none
+            stuck.signal_all(signal.SIGCONT)
+            await until(cluster.redis.is_asked_for_photos)
+            stuck.signal_all(signal.SIGSTOP)
+            promised.append(await client.post(doomed_url, **LATER))
+            is_taken = not queue.exists("faces:queue")
     stuck.signal_all()
 
     # A web process is killed while others' photos wait in the queue, and before it has sent one.
@@ -72,7 +76,7 @@ async def test_whole_processes_are_killed_at_the_worst_moments(
     cluster.odd_worker(2)
     ids = {each["id"] for each in [*promised, await waiting]}
     assert {await next_message() for _ in ids} == {f"{url}/image/{id}" for id in ids}
-    assert time.monotonic() - began < LATEST
+    assert time.monotonic() - killed < LATEST
     assert {(await client.get(f"{url}/image/{id}"))[0] for id in ids} == {200}
     assert {each["id"] for each in await client.json(f"{url}/image")} == ids
     assert queue.exists("faces:jobs", "faces:starts", "faces:queue") == 0
@@ -174,16 +178,34 @@ async def test_redis_is_paused_for_5_s(cluster: Cluster, client: Client) -> None
     waiting = asyncio.create_task(client.post(url, SLOW))
     await cluster.begun(70)
     cluster.redis.program.signal_all(signal.SIGSTOP)
-    refused = asyncio.create_task(client.try_post(url))
     cluster.go_on(70)
-    await asyncio.sleep(5)
+    (status, _), _ = await asyncio.gather(client.try_post(url), asyncio.sleep(5))
     cluster.redis.program.signal_all(signal.SIGCONT)
-    assert (await refused)[0] == 503
+    assert status == 503
     await client.until(url, status="ok")
     urls = {(await client.post(url))["url"], (await waiting)["url"]}
     # What was refused was not kept, though Redis read it when it went on.
     assert {await next_message() for _ in urls} == urls
     assert {each["url"] for each in await client.json(f"{url}/image")} == urls
+
+
+async def test_a_pause_of_redis_costs_no_start(cluster: Cluster, client: Client) -> None:
+    """The worker asks again and again, and Redis answers it all at once."""
+    worker, (_, url) = cluster.odd_worker(1), cluster.web()
+    (process,) = worker.children()
+    os.kill(process, signal.SIGSTOP)
+    waiting = asyncio.create_task(client.post(url, SLOW))
+    store = cluster.redis.client
+    await until(lambda: store.exists("faces:jobs") and not store.exists("faces:queue"))
+    cluster.redis.program.signal_all(signal.SIGSTOP)
+    os.kill(process, signal.SIGCONT)
+    await asyncio.sleep(7)  # seconds; it waits 3 for an answer
+    cluster.redis.program.signal_all(signal.SIGCONT)
+    await cluster.begun(70)
+    (photo,) = store.keys("faces:photo:*")
+    assert store.hget(photo, "starts") == b"1"
+    cluster.go_on(70)
+    assert (await client.get((await waiting)["url"]))[0] == 200
 
 
 async def test_an_image_that_can_no_longer_be_looked_up_is_cut_off(
@@ -208,6 +230,8 @@ async def test_an_image_that_can_no_longer_be_looked_up_is_cut_off(
             while piece := await asyncio.to_thread(reader.recv, 65536):
                 received += piece
     headers, _, image = received.partition(b"\r\n\r\n")
+    (size,) = re.findall(rb"Content-Length: (\d+)", headers)
+    assert 0 < len(image) < int(size)
     assert headers.startswith(b"HTTP/1.1 200 ")
     assert b"HTTP/1.1" not in image and b"problem" not in image
     cluster.redis.start()
@@ -253,6 +277,20 @@ async def test_redis_is_full(cluster: Cluster, client: Client) -> None:
     store.config_set("maxmemory", "1mb")
     status, problem = await client.try_post(url)
     assert (status, problem["detail"]) == (503, "Redis is full (--maxmemory).")
+
+
+async def test_redis_becomes_full_while_a_photo_is_in_work(
+    cluster: Cluster, client: Client
+) -> None:
+    """What was accepted is finished all the same."""
+    cluster.odd_worker(1)
+    _, url = cluster.web()
+    next_message = await client.watch(url)
+    waiting = asyncio.create_task(client.post(url, SLOW))
+    await cluster.begun(70)
+    cluster.redis.client.config_set("maxmemory", "1mb")
+    cluster.go_on(70)
+    assert await next_message() == (await waiting)["url"]
 
 
 async def test_redis_wants_another_password(cluster: Cluster, client: Client) -> None:

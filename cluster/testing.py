@@ -20,6 +20,7 @@ import aiohttp
 import cv2
 import numpy as np
 import pytest
+import yarl
 
 pytest.importorskip("celery", reason="Celery is missing: pip install -r cluster/requirements.txt")
 if not shutil.which("redis-server"):
@@ -65,7 +66,21 @@ def photo_of_width(width: int) -> bytes:
 
 
 DEADLY = photo_of_width(66)
-SLOW, SLOW_2, SLOW_3 = (photo_of_width(width) for width in (70, 71, 72))  # until they may go on
+SLOW = photo_of_width(70)  # until it may go on
+
+
+async def until(is_so: Callable[[], object]) -> None:
+    """Wait until something is so."""
+    async with asyncio.timeout(TIMEOUT):
+        while not is_so():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+def listens(url: str) -> bool:
+    """Tell whether a server accepts connections."""
+    address = yarl.URL(url)
+    with socket.socket() as probe:
+        return probe.connect_ex((address.host, address.port)) == 0
 
 
 # --- Processes ---
@@ -124,6 +139,15 @@ class Redis:
         command = "redis-server", "--port", self.port, *options, "--dir", self.folder
         self.program = Program(self.folder / "redis.log", *command)
         self.program.until_it_says("(Ready) to accept connections")
+
+    def calls(self, command: str) -> int:
+        """Return how often a command was called."""
+        return self.client.info("commandstats").get(f"cmdstat_{command}", {}).get("calls", 0)
+
+    def is_asked_for_photos(self) -> bool:
+        """Tell whether a worker waits for the next photo."""
+        clients = self.client.client_list()
+        return any(client["cmd"] == "brpop" and "b" in client["flags"] for client in clients)
 
     def recover(self) -> None:
         """Have it run as at first, whatever was done to it."""
@@ -191,10 +215,9 @@ class Cluster:
 
     async def begun(self, width: int) -> int:
         """Wait until the odd detector works on a photo of this width; return the process."""
-        async with asyncio.timeout(TIMEOUT):
-            while not (found := list(self.folder.glob(f"began-{width}-*"))):  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
-        return int(found[-1].name.rpartition("-")[2])
+        pattern = f"began-{width}-*"
+        await until(lambda: list(self.folder.glob(pattern)))
+        return int(next(self.folder.glob(pattern)).name.rpartition("-")[2])
 
     def go_on(self, width: int) -> None:
         """Let the odd detector finish photos of this width."""
@@ -238,4 +261,5 @@ class Client:
         """Connect a watcher; what is returned waits for its next message."""
         connecting = self.session.ws_connect(f"{url}/faces", headers=headers)
         watcher = await self.stack.enter_async_context(connecting)
-        return lambda: watcher.receive_str(timeout=LATEST)
+        # Not with its own timeout, which begins anew with each ping of the server.
+        return lambda: asyncio.wait_for(watcher.receive_str(), LATEST)

@@ -4,6 +4,7 @@
 import json
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import redis
 from celery import Celery
 from celery.signals import worker_init, worker_process_init
 from kombu.transport.redis import Transport
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -60,7 +63,8 @@ def prepare(**_: object) -> None:
     server.cv2.setNumThreads(1)  # a process has no copy of the threads of another
     try:
         server.check(config)
-        connection = redis.Redis.from_url(app.conf.broker_url, client_name=NAME, **CONNECTION)
+        options = CONNECTION | {"client_name": NAME, "retry": Retry(ConstantBackoff(0.5), OVERDUE)}
+        connection = redis.Redis.from_url(app.conf.broker_url, **options)
         detector = detector or server.load_detector(config.model, config.min_score)
     except (OSError, ValueError) as error:
         sys.exit(f"It cannot start (--model, --redis-url): {error}")
@@ -74,7 +78,7 @@ def annotate(photo_id: str) -> None:
     """Annotate a photo, and keep and publish what comes of it; do nothing if it is done."""
     begin = time.monotonic()
     with connection.pipeline(transaction=False) as step:
-        step.eval(SCRIPTS["start"], 0, photo_id, OVERDUE)
+        step.eval(SCRIPTS["start"], 0, photo_id, str(uuid.uuid4()), OVERDUE)
         step.hmget(f"faces:photo:{photo_id}", "photo", "filename", "posted")
         step.time()
         starts, (photo, filename, posted), (seconds, microseconds) = step.execute()
@@ -90,12 +94,8 @@ def annotate(photo_id: str) -> None:
     except server.BadPhoto as error:
         jpeg, known = b"", {"error": str(error), "status": error.status}
 
-    image, line = f"faces:image:{photo_id}", json.dumps({"id": photo_id} | known)
-    with connection.pipeline() as step:
-        step.hset(image, "jpeg", jpeg)
-        step.expire(image, config.keep_seconds)
-        step.eval(SCRIPTS["finish"], 0, photo_id, line, len(jpeg))
-        step.execute()
+    line = json.dumps({"id": photo_id} | known)
+    connection.eval(SCRIPTS["finish"], 0, photo_id, line, jpeg, config.keep_seconds)
 
 
 def main() -> None:
