@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,7 +19,9 @@ from testing import (
     Client,
     Cluster,
     Redis,
+    listens,
     photo_of_width,
+    until,
 )
 
 
@@ -122,11 +125,19 @@ def test_the_tests_of_server_py_pass(redis: Redis) -> None:
 async def test_too_many_waiting_photos_are_refused_counted_over_the_cluster(
     cluster: Cluster, client: Client
 ) -> None:
-    cluster.odd_worker(1)
-    cluster.odd_worker(2)
+    """Web processes count the processes of workers each second: the first ones, and more."""
     (_, one), (_, two) = (cluster.web("--queue", "1") for _ in range(2))
-    await asyncio.sleep(1.5)  # each second, they count the processes
-    promised = [await client.post(url, SLOW, **LATER) for url in (one, two, one, two, one, two)]
+    promised: list[dict[str, Any]] = []
+    for threads in (1, 2):
+        cluster.odd_worker(threads)
+        places = len(promised) + 2 * threads  # each works on one, and one waits
+        async with asyncio.timeout(TIMEOUT):
+            while len(promised) < places:
+                url = (one, two)[len(promised) % 2]
+                status, known = await client.try_post(url, SLOW, **LATER)
+                if status == 202:
+                    promised.append(known)
+                await asyncio.sleep(0.05)
     for url in (one, two):
         status, problem = await client.try_post(url, SLOW)
         assert (status, problem["detail"]) == (503, "Too many photos wait (--queue).")
@@ -136,13 +147,20 @@ async def test_too_many_waiting_photos_are_refused_counted_over_the_cluster(
 
 
 async def test_an_image_is_kept_for_the_time_set(cluster: Cluster, client: Client) -> None:
-    cluster.worker("--keep-seconds", "1")
+    cluster.worker("--keep-seconds", "1000")
     (_, one), (_, two) = (cluster.web() for _ in range(2))
+    store = cluster.redis.client
+    begin, _ = store.time()
     posted = await client.post(one)
+    end, _ = store.time()
+    image = f"faces:image:{posted['id']}"
     urls = [f"{url}/image/{posted['id']}" for url in (one, two)]
     assert [(await client.get(url))[0] for url in urls] == [200, 200]
-    await asyncio.sleep(1.1)
-    assert [(await client.get(url))[0] for url in urls] == [404, 404]
+    assert begin + 1000 <= store.expiretime(image) <= end + 1001
+
+    store.pexpire(image, 1)
+    await until(lambda: not store.exists(image))
+    assert [(await client.get(url))[0] for url in urls] == [404, 404]  # though they have a copy
     assert await client.json(f"{one}/image") == []
 
 
@@ -155,7 +173,7 @@ async def test_a_worker_that_is_told_to_stop_finishes_its_photo(
     await cluster.begun(70)
     later = await client.post(url, **LATER)
     worker.process.send_signal(signal.SIGTERM)
-    await asyncio.sleep(0.5)
+    await asyncio.to_thread(worker.until_it_says, "(Warm shutdown)")
     cluster.go_on(70)
     await waiting
     assert await asyncio.to_thread(worker.process.wait, TIMEOUT) == 0
@@ -172,10 +190,11 @@ async def test_a_web_process_that_is_told_to_stop_answers_who_waits(
     posting = asyncio.create_task(client.post(url, SLOW))
     await cluster.begun(70)
     promised = await client.post(url, **LATER)
+    looked_up = cluster.redis.calls("hmget")
     getting = asyncio.create_task(client.get(promised["url"]))
-    await asyncio.sleep(0.2)
+    await until(lambda: cluster.redis.calls("hmget") > looked_up)
     web.process.send_signal(signal.SIGTERM)
-    await asyncio.sleep(0.2)
+    await until(lambda: not listens(url))
     cluster.go_on(70)
     assert await next_message() == (await posting)["url"]
     assert (await getting)[0] == 200

@@ -5,6 +5,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import uuid
 from collections.abc import Iterator
 
 import aiohttp
@@ -17,6 +18,8 @@ from testing import (
     Client,
 )
 
+PROJECT = f"faces-test-{uuid.uuid4().hex[:8]}"  # two runs on one machine do not meet
+
 
 def run(*command: str) -> str:
     environment = os.environ | {"PORT": "0"}
@@ -26,9 +29,15 @@ def run(*command: str) -> str:
 
 
 def compose(*arguments: str) -> str:
-    return run(
-        "docker-compose", "-p", "faces-test", "-f", str(CLUSTER / "compose.yaml"), *arguments
-    )
+    file = str(CLUSTER / "compose.yaml")
+    return run("docker-compose", "-p", PROJECT, "-f", file, *arguments)
+
+
+def containers(service: str, *options: str) -> list[str]:
+    """Return the ids of the containers of a service."""
+    labels = {"project": PROJECT, "service": service}
+    filters = [f"--filter=label=com.docker.compose.{key}={labels[key]}" for key in labels]
+    return run("docker", "ps", "-q", *filters, *options).split()
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +53,14 @@ def composed() -> Iterator[str]:
         yield f"http://127.0.0.1:{compose('port', 'nginx', '80').rpartition(':')[2]}"
     finally:
         compose("down", "-v", "-t", "1")
+        for image in run("docker", "images", "--format={{.Repository}}", f"{PROJECT}*").split():
+            run("docker", "rmi", "--no-prune", image)  # the next run needs its layers
 
 
 async def healthy(service: str, count: int) -> None:
     """Wait until as many containers of a service are healthy."""
-    filters = "--filter", f"name=faces-test_{service}", "--filter", "health=healthy"
     async with asyncio.timeout(TIMEOUT):
-        while len(run("docker", "ps", "-q", *filters).split()) < count:  # noqa: ASYNC110
+        while len(containers(service, "--filter=health=healthy")) < count:  # noqa: ASYNC110
             await asyncio.sleep(0.2)
 
 
@@ -97,9 +107,9 @@ async def test_compose_survives_its_redis_and_restarts_what_crashed(
     old = await client.post(composed)
     assert await next_message() == old["url"]
     as_root = ("--pid=host", "--user=root", "--entrypoint=sh")
-    crashed = [f"faces-test_{each}_1" for each in ("worker", "redis")]
+    crashed = [containers("worker")[0], *containers("redis")]
     states = [run("docker", "inspect", "-f", "{{.State.Pid}}", each) for each in crashed]
-    image = run("docker", "inspect", "-f", "{{.Image}}", "faces-test_web_1")
+    image = run("docker", "inspect", "-f", "{{.Image}}", containers("web")[0])
     run("docker", "run", "--rm", *as_root, image, "-c", f"kill -9 {' '.join(states)}")
     for each in crashed:
         async with asyncio.timeout(TIMEOUT):
