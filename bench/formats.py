@@ -28,7 +28,7 @@ ENDINGS = {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".gif", ".tif", "
 ENDINGS |= {".avif", ".heic", ".heif", ".ico", ".jp2", ".ppm", ".mpo"}
 READ = ("JPEG", "MPO", "PNG", "WEBP", "GIF")  # Pillow's names of what the server reads
 FAR = 6  # of 255, the mean distance of colours that are not the same
-SLOW, MUCH_SLOWER = 0.5, 4  # seconds, and times as long as Pillow
+SLOW, MUCH_SLOWER = 0.5, 4  # CPU seconds, and times as many as Pillow
 
 
 class Reading(NamedTuple):
@@ -37,20 +37,20 @@ class Reading(NamedTuple):
     format: str  # Pillow's name of it
     pixels: np.ndarray | None  # RGB and the opacity, (height, width, 4), uint8; None: not read
     why: str  # it was not read
-    seconds: float
+    seconds: float  # of CPU time, which does not depend on what else runs
 
 
 def read_with_pillow(photo: bytes) -> Reading:
     """Read the first frame, turned upright."""
-    begin, kind = time.monotonic(), "no image"
+    begin, kind = time.thread_time(), "no image"
     try:
         with Image.open(io.BytesIO(photo)) as image:
             kind = image.format or kind
             frame = ImageOps.exif_transpose(next(ImageSequence.Iterator(image)))
             pixels = to_rgba(frame)
     except Exception as error:  # which of them it raises depends on the format
-        return Reading(kind, None, str(error), time.monotonic() - begin)
-    return Reading(kind, pixels, "", time.monotonic() - begin)
+        return Reading(kind, None, str(error), time.thread_time() - begin)
+    return Reading(kind, pixels, "", time.thread_time() - begin)
 
 
 def to_rgba(image: Image.Image) -> np.ndarray:
@@ -81,7 +81,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 def compare(photo: bytes) -> tuple[str, str, str]:
     """Return the format of a file, a verdict, and what is to be said about it."""
     theirs = read_with_pillow(photo)
-    begin = time.monotonic()
+    begin = time.thread_time()
     try:
         ours = server.decode(photo)[..., ::-1]
     except server.BadPhoto as refusal:
@@ -90,7 +90,7 @@ def compare(photo: bytes) -> tuple[str, str, str]:
         if theirs.pixels is None:
             return theirs.format, "both refuse it", ""
         return theirs.format, "refused", str(refusal)
-    seconds = time.monotonic() - begin
+    seconds = time.thread_time() - begin
     if theirs.pixels is None:
         return theirs.format, "read, Pillow refuses it", theirs.why
 

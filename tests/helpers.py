@@ -34,7 +34,7 @@ NPM_INSTALL = "npm install --prefix tests --no-package-lock --ignore-scripts"
 def run_python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run Python in the folder of the project; return its exit code, output and errors."""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=4 * TIMEOUT)
 
 
 # --- A server ---

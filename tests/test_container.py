@@ -122,8 +122,8 @@ async def client() -> AsyncIterator[aiohttp.ClientSession]:
 def large_photo() -> bytes:
     """A JPEG of 9 megapixels, with the noise that gives a camera's its 4 MB."""
     image = cv2.resize(pixels(), (3000, 3000))
-    noise = np.random.default_rng(0).normal(0, 20, image.shape)
-    image = np.clip(image + noise, 0, 255).astype(np.uint8)
+    noise = np.random.default_rng(0).normal(0, 20, (1000, 1000, 3))
+    image = np.clip(image + np.tile(noise, (3, 3, 1)), 0, 255).astype(np.uint8)
     return encode(".jpg", image, cv2.IMWRITE_JPEG_QUALITY, 90)
 
 
