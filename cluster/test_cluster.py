@@ -146,6 +146,23 @@ async def test_too_many_waiting_photos_are_refused_counted_over_the_cluster(
     await client.post(one)
 
 
+async def test_too_many_who_wait_for_an_image_are_refused(cluster: Cluster, client: Client) -> None:
+    """Those who left count too, until the photo is done: they take memory."""
+    cluster.odd_worker(1)
+    _, url = cluster.web("--max-clients", "2")
+    promised = await client.post(url, SLOW, **LATER)
+    await cluster.begun(70)
+    looked_up = cluster.redis.calls("hmget")
+    leaving, waiting = (asyncio.create_task(client.get(promised["url"])) for _ in range(2))
+    await until(lambda: cluster.redis.calls("hmget") == looked_up + 2)
+    leaving.cancel()
+    status, answer = await client.get(promised["url"])
+    assert (status, b"Too many wait for images (--max-clients)." in answer) == (503, True)
+    cluster.go_on(70)
+    assert (await waiting)[0] == 200
+    assert (await client.get(promised["url"]))[0] == 200
+
+
 async def test_an_image_is_kept_for_the_time_set(cluster: Cluster, client: Client) -> None:
     cluster.worker("--keep-seconds", "1000")
     (_, one), (_, two) = (cluster.web() for _ in range(2))

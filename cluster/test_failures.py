@@ -295,9 +295,10 @@ async def test_redis_becomes_full_while_a_photo_is_in_work(
 
 async def test_redis_wants_another_password(cluster: Cluster, client: Client) -> None:
     cluster.redis.client.config_set("requirepass", "secret")
-    _, url = cluster.web()
+    web, url = cluster.web()
     status, problem = await client.try_post(url)
     assert (status, problem["detail"]) == (503, "Redis is away (--redis-url).")
+    assert "Redis is away: Authentication required" in web.log.read_text()
 
 
 async def test_what_strangers_wrote_is_skipped(cluster: Cluster, client: Client) -> None:

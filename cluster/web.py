@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A web process of the cluster: the handlers and watchers of server.py, with workers behind."""
 
 import asyncio
@@ -33,6 +32,7 @@ class Cluster(server.ImageStore):
         self.news = WeakValueDictionary[str, News]()  # by photo, while somebody waits for them
         self.processes = 0  # of all workers
         self.ahead = 0.0  # seconds, of Redis's clock
+        self.places = asyncio.Semaphore(config.max_clients)  # for those who wait for an image
 
     async def get(self, image_id: str) -> server.Image | None:
         """Return an image as soon as it is done. Raises BadPhoto, TimeoutError or RedisError."""
@@ -45,7 +45,10 @@ class Cluster(server.ImageStore):
             step.zscore("faces:jobs", image_id)
             (line, jpeg), overdue = await step.execute()
         if not line and overdue is not None:
-            await asyncio.wait_for(asyncio.shield(news), MAX_WAIT)
+            if self.places.locked():  # a client that leaves still waits here
+                raise web.HTTPServiceUnavailable(text="Too many wait for images (--max-clients).")
+            async with self.places:
+                await asyncio.wait_for(asyncio.shield(news), MAX_WAIT)  # others want them too
             return await self.get(image_id)
         outcome = read(line, jpeg) if line else None
         if isinstance(outcome, server.BadPhoto):
@@ -89,7 +92,7 @@ class Cluster(server.ImageStore):
         await self.redis.eval(worker.SCRIPTS["overdue"], 0, worker.OVERDUE)
         jobs = await self.redis.zrange("faces:jobs", 0, -1)
         for photo_id in {*self.news} - {job.decode("latin-1") for job in jobs}:
-            self.news.pop(photo_id).set_result(None)  # its news were missed, or Redis has lost it
+            self.news.pop(photo_id).set_result(None)  # its news was missed, or Redis has lost it
 
     async def read_news(self, app: web.Application) -> None:
         """Tell what comes of photos, and look after jobs each second; go on when Redis is back."""
@@ -108,7 +111,7 @@ class Cluster(server.ImageStore):
                     await self.look_after_jobs()
                     looked = time.monotonic()
             except RedisError as error:
-                server.log.warning("There are no news from Redis: %r", error)
+                server.log.warning("There is no news from Redis: %s", error)
                 await asyncio.sleep(0.5)
 
 
@@ -132,7 +135,6 @@ async def post_image(request: web.Request) -> web.Response:
     url = f"{base}image/{photo_id}"
     if "respond-async" in request.headers.get("Prefer", "").lower():
         return server.reply({"id": photo_id, "url": url}, status=202, headers={"Location": url})
-
     image = await asyncio.wait_for(asyncio.shield(news), MAX_WAIT) or await cluster.get(photo_id)
     if image is None:
         raise web.HTTPServiceUnavailable(text="Redis has lost the photo; post it again.")
@@ -152,7 +154,7 @@ async def use_redis(request: web.Request, handler: Handler) -> web.StreamRespons
     except OutOfMemoryError:
         text = "Redis is full (--maxmemory)."
     except RedisError as error:
-        server.log.warning("Redis is away: %r", error)
+        server.log.warning("Redis is away: %s", error)
         text = "Redis is away (--redis-url)."
     raise web.HTTPServiceUnavailable(text=text)
 

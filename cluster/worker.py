@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A worker of the cluster: takes photos from Redis and annotates them; it knows no HTTP."""
 
 import json
@@ -12,8 +11,6 @@ import redis
 from celery import Celery
 from celery.signals import worker_init, worker_process_init
 from kombu.transport.redis import Transport
-from redis.backoff import ConstantBackoff
-from redis.retry import Retry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -63,7 +60,8 @@ def prepare(**_: object) -> None:
     server.cv2.setNumThreads(1)  # a process has no copy of the threads of another
     try:
         server.check(config)
-        options = CONNECTION | {"client_name": NAME, "retry": Retry(ConstantBackoff(0.5), OVERDUE)}
+        patience = redis.retry.Retry(redis.backoff.ConstantBackoff(0.5), OVERDUE)
+        options = CONNECTION | {"client_name": NAME, "retry": patience}
         connection = redis.Redis.from_url(app.conf.broker_url, **options)
         detector = detector or server.load_detector(config.model, config.min_score)
     except (OSError, ValueError) as error:
