@@ -62,6 +62,7 @@ async def test_whole_processes_are_killed_at_the_worst_moments(
     async with asyncio.timeout(TIMEOUT):
         while not is_taken:  # Redis may have told it in the last moment that there is none
             stuck.signal_all(signal.SIGCONT)
+            await until(lambda: not queue.exists("faces:queue"))
             await until(cluster.redis.is_asked_for_photos)
             stuck.signal_all(signal.SIGSTOP)
             promised.append(await client.post(doomed_url, **LATER))

@@ -87,10 +87,8 @@ class Cluster(server.ImageStore):
         """Count the processes of all workers, and send again what is overdue."""
         seconds, microseconds = await self.redis.time()
         self.ahead = seconds + microseconds / 1e6 - time.time()
-        clients = await self.redis.client_list()
-        self.processes = sum(client["name"] == worker.NAME for client in clients)
-        await self.redis.eval(worker.SCRIPTS["overdue"], 0, worker.OVERDUE)
-        jobs = await self.redis.zrange("faces:jobs", 0, -1)
+        self.processes = sum(each["name"] == worker.NAME for each in await self.redis.client_list())
+        jobs = await self.redis.eval(worker.SCRIPTS["overdue"], 0, worker.OVERDUE)
         for photo_id in {*self.news} - {job.decode("latin-1") for job in jobs}:
             self.news.pop(photo_id).set_result(None)  # its news was missed, or Redis has lost it
 

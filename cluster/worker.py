@@ -21,8 +21,8 @@ SCRIPTS = {each.stem: each.read_text() for each in Path(__file__).parent.glob("l
 NAME = "faces-worker"  # of the connection of each process that annotates
 OVERDUE = 20  # seconds; then a photo is sent again, and whatever still works on it is ended
 MOST_STARTS = 3  # of the work on a photo
-TIMEOUTS = {"socket_timeout": 3, "socket_connect_timeout": 3}  # seconds for an answer of Redis
-CONNECTION = {**TIMEOUTS, "protocol": 2}  # with 3, redis-py 8.1 reuses connections that are closed
+CONNECTION = {"socket_timeout": 3, "socket_connect_timeout": 3}  # seconds for an answer of Redis
+CONNECTION |= {"protocol": 2}  # with 3, redis-py 8.1 reuses connections that are closed
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,12 @@ class Config(server.Config):
 
 
 config = Config()
-connection: redis.Redis
 detector: server.Detector | None = None
 app = Celery("faces", broker=config.redis_url)
 app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_connection_max_retries=None,  # Redis may be away for days
-    broker_transport_options={**TIMEOUTS, "ack_emulation": False},  # Redis has the photos anyway
+    broker_transport_options={**CONNECTION, "ack_emulation": False},  # Redis has the photos anyway
     task_default_queue="faces:queue",
     task_acks_late=True,
     task_reject_on_worker_lost=True,  # if a process of a worker is killed, another one begins anew
@@ -77,23 +76,26 @@ def annotate(photo_id: str) -> None:
     begin = time.monotonic()
     with connection.pipeline(transaction=False) as step:
         step.eval(SCRIPTS["start"], 0, photo_id, str(uuid.uuid4()), OVERDUE)
-        step.hmget(f"faces:photo:{photo_id}", "photo", "filename", "posted")
-        step.time()
-        starts, (photo, filename, posted), (seconds, microseconds) = step.execute()
+        step.hmget(f"faces:photo:{photo_id}", "photo", "filename")
+        (starts, waited), (photo, filename) = step.execute()
     if not starts:
         return
     try:
         if starts > MOST_STARTS:
             raise server.BadPhoto(f"{MOST_STARTS} times its process failed; it is given up.")
         jpeg, known = server.annotate(photo, detector)
-        waited = seconds + microseconds / 1e6 - float(posted)
-        took_ms = round((waited + time.monotonic() - begin) * 1000)
+        took_ms = waited + round((time.monotonic() - begin) * 1000)
         known |= {"filename": json.loads(filename), "took_ms": took_ms}
     except server.BadPhoto as error:
         jpeg, known = b"", {"error": str(error), "status": error.status}
-
     line = json.dumps({"id": photo_id} | known)
-    connection.eval(SCRIPTS["finish"], 0, photo_id, line, jpeg, config.keep_seconds)
+    try:
+        with connection.pipeline() as step:
+            step.hset(f"faces:image:{photo_id}", "jpeg", jpeg)
+            step.eval(SCRIPTS["finish"], 0, photo_id, line, config.keep_seconds)
+            step.execute()
+    except redis.OutOfMemoryError:  # a script may exceed the memory, but takes longer
+        connection.eval(SCRIPTS["finish"], 0, photo_id, line, config.keep_seconds, jpeg)
 
 
 def main() -> None:

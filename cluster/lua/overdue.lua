@@ -1,7 +1,9 @@
 #!lua flags=allow-oom
--- Send again what is overdue. With a message in the queue for each photo, more are no help.
+-- Send again what is overdue, and return all jobs. With a message in the queue for each of them,
+-- more are no help.
 local overdue, now = ARGV[1], redis.call('TIME')[1]
-if redis.call('LLEN', 'faces:queue') >= redis.call('ZCARD', 'faces:jobs') then return end
+local jobs = redis.call('ZRANGE', 'faces:jobs', 0, -1)
+if redis.call('LLEN', 'faces:queue') >= #jobs then return jobs end
 for _, id in ipairs(redis.call('ZRANGE', 'faces:jobs', '-inf', now, 'BYSCORE')) do
   local message = redis.call('HGET', 'faces:photo:' .. id, 'message')
   if message then
@@ -11,3 +13,4 @@ for _, id in ipairs(redis.call('ZRANGE', 'faces:jobs', '-inf', now, 'BYSCORE')) 
     redis.call('ZREM', 'faces:jobs', id)
   end
 end
+return jobs
