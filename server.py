@@ -139,8 +139,8 @@ def draw(pixels: Pixels, faces: list[Face]) -> None:
 
 # --- The detector ---
 SMALLEST_FACE = 33  # pixels, the side of the smallest window that is searched
-SMALLEST_PART = 38  # it is 1/38 of the longer side, if that is more: a large photo costs no more
-CROWD = 12  # so many faces of under 1.5 times that: the photo is searched again, at twice the size
+SMALLEST_PART = 38  # or 1/38 of the longer side, if that is more: a large photo costs no more
+CROWD = 12  # so many faces of under 1.5 times the smallest: search again, at twice the size
 HAAR_SCORE = 11  # windows that a face needs when it is looked at closely
 
 
@@ -182,7 +182,7 @@ class Image:
 
 
 class ImageStore:
-    """Images in memory; the least recently used go first. Async: another store may have to wait."""
+    """Images in memory; the least recently used go first. Async, as another store has to wait."""
 
     def __init__(self, keep: int, keep_mb: int) -> None:
         self.keep, self.keep_mb = keep, keep_mb
@@ -220,7 +220,7 @@ CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 THREADS = web.AppKey("THREADS", ThreadPoolExecutor)
 IMAGES = web.AppKey("IMAGES", ImageStore)
-Watcher = tuple[web.Request, str, bool]  # its base_url(), and whether it wants JSON
+Watcher = tuple[web.Request, str, bool]  # who, by which base_url(), with JSON or not
 WATCHERS: web.AppKey[dict[web.WebSocketResponse, Watcher]] = web.AppKey("WATCHERS")
 ADDRESS = web.AppKey("ADDRESS", str)  # the URL that serve() prints
 SHRINKING = web.AppKey("SHRINKING", asyncio.Lock)
@@ -255,7 +255,7 @@ async def get_faces(request: web.Request) -> web.WebSocketResponse:
 # --- The other handlers, in the order in which a user meets them ---
 STATIC = HERE / "static"  # the page; the server also runs without it
 USAGE = """
-  open    http{0}
+  open    http{0}/
   watch   wscat -c ws{0}/faces
   post    curl -F image=@samples/astronaut.jpg http{0}/image
 """
@@ -434,7 +434,7 @@ def make_harmless(photo: bytes) -> bytes:
 
 
 def plain_exif(webp: bytes) -> bytes:
-    """Move the mark before the EXIF data of a WebP behind them, or OpenCV overlooks the data."""
+    """Move the mark "Exif" of a WebP behind its EXIF data; before them, OpenCV overlooks them."""
     before, mark, exif = webp.partition(b"Exif\0\0")
     size = int.from_bytes(before[-4:], "little") - len(mark)  # a chunk has its type, size, data
     return before + exif[:size] + mark + exif[size:]
@@ -505,7 +505,7 @@ async def read_files(request: web.Request) -> list[tuple[str, bytes]]:
     """Return the files of a form that an application around has taken apart already."""
     try:
         form = await request.post()
-    except ValueError:  # it has not
+    except ValueError:  # not taken apart, and nothing is left to read
         return []
     files = [each for each in form.values() if isinstance(each, web.FileField)]
     return [(unquote(each.filename), each.file.read()) for each in files]
@@ -600,14 +600,14 @@ def base_url(request: web.Request) -> str:
 
 
 async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Let pages read the answers: refuse_other_sites() has refused those that may not."""
+    """Let pages read the answers (others were refused), but not frame, guess or keep them."""
     for name in ("Origin", "Methods", "Headers"):
         response.headers.setdefault(f"Access-Control-Allow-{name}", "*")
     response.headers.setdefault("Cache-Control", "no-cache")  # browsers would keep an old page
     response.headers.setdefault("Content-Security-Policy", "frame-ancestors 'none'")
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
     # What a browser keeps for one site is for no other.
-    response.headers["Vary"] = "Accept, Accept-Encoding, Origin"
+    response.headers["Vary"] = "Accept, Origin"
 
 
 def url_for_others(request: web.Request) -> str:
@@ -697,7 +697,7 @@ def make_websocket(request: web.Request) -> web.WebSocketResponse:
     if not request.headers.get("Sec-WebSocket-Key", "").isascii():
         raise web.HTTPBadRequest(text="The Sec-WebSocket-Key is not base64.")
     if not websocket.can_prepare(request):
-        text = f"This is a websocket: wscat -c ws://{request.host}{request.path}"
+        text = f"This is a websocket: wscat -c ws{base_url(request).removeprefix('http')}faces"
         raise web.HTTPUpgradeRequired(text=text, headers={"Upgrade": "websocket"})
     if len(request.app[WATCHERS]) >= request.app[CONFIG].max_clients:
         raise web.HTTPServiceUnavailable(text="Too many watchers (--max-clients).")
@@ -733,11 +733,12 @@ def cut_off(request: web.Request) -> None:
 @web.middleware
 async def explain_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer a refusal with a problem document (RFC 9457), also if no path or method fits."""
-    # Each ends here: an error and its traceback refer to each other, and would keep the photo.
+    # No error is passed on: with its traceback it forms a cycle, which would keep the photo.
     try:
         response = await handler(request)
         if isinstance(response, web.FileResponse):
-            response.enable_compression()  # by sendfile(), who leaves would leave a traceback
+            # Not compressed, but also not by sendfile(), where a client that leaves is a traceback.
+            response.enable_compression(web.ContentCoding.identity)
         return response
     except web.HTTPError as error:
         del error.headers["Content-Type"]  # that of its text
@@ -955,7 +956,9 @@ def check(config: Config) -> Config:
     if not config.host or not config.host.isprintable():  # "" would mean any address
         raise ValueError(f"--host must be a name or an address, not {config.host!r}")
     url = config.public_url.strip()
-    if url and not (PUBLIC_URL.fullmatch(url) and urlsplit(url).hostname):  # it may raise itself
+    if url and not (
+        PUBLIC_URL.fullmatch(url) and urlsplit(url).hostname
+    ):  # or it raises ValueError
         raise ValueError(f"--public-url must be like https://faces.example.org, not {url!r}")
     return replace(config, public_url=url)
 

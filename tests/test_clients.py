@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import photos
 import pytest
@@ -114,6 +115,12 @@ async def test_a_plain_get_of_faces_is_told_to_use_a_websocket(server: Server) -
     answer = await ask(server, to_get("/faces"))
     assert answer.says(426, "wscat")
     assert answer.headers["Upgrade"] == "websocket"  # RFC 9110, 15.5.22
+
+
+async def test_a_plain_get_of_faces_behind_https_is_told_of_wss() -> None:
+    with run_server("--public-url", "https://faces.example.org") as server:
+        answer = await ask(server, to_get("/faces"))
+        assert answer.says(426, "wscat -c wss://faces.example.org/faces")
 
 
 async def test_a_watcher_is_pinged_before_a_proxy_drops_it(changed) -> None:
@@ -414,6 +421,14 @@ async def test_a_detector_that_fails_is_an_error_of_the_server(aiohttp_client) -
 async def test_an_empty_form_is_refused_in_words(server: Server) -> None:
     request = head_of("POST", "/image", FORM, "Transfer-Encoding: chunked") + b"0\r\n\r\n"
     assert (await ask(server, request)).says(400, "complete")
+
+
+async def test_the_address_that_curl_is_told_opens_below_a_prefix(mount) -> None:
+    client = await mount()
+    async with client.get("/faces/") as usage:
+        address = (await usage.text()).split()[1]
+    async with client.get(urlsplit(address).path) as answer:
+        assert answer.status == 200
 
 
 async def test_the_cors_headers_of_an_outer_application_win(mount) -> None:

@@ -18,7 +18,17 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from helpers import ROOT, TIMEOUT, ask_json, post_photo, run_server
+from helpers import (
+    ROOT,
+    TIMEOUT,
+    Server,
+    ask_json,
+    connect,
+    head_of,
+    post_photo,
+    run_server,
+    to_get,
+)
 from pages import CARDS, LAPTOP, PHONE, PROJECTOR, choose, connected, expect, grey_jpeg, names
 from photos import ASTRONAUT, ASTRONAUT_FILE, TINY, cv2, encode, np, pixels
 
@@ -81,6 +91,17 @@ async def test_a_change_of_a_file_shows_on_reload(visit: Visit, tmp_path: Path) 
         script.write_text(script.read_text("utf-8").replace('"Connected"', '"Changed"'), "utf-8")
         await page.reload()
         await expect(page.locator("#state")).to_have_text("Changed")
+
+
+async def test_an_answer_without_a_body_has_none(fresh: Server) -> None:
+    """What came after it would spoil the next answer on its connection."""
+    lines = ("Accept-Encoding: deflate", "Connection: close")
+    unchanged = to_get("/static/page.js", "If-None-Match: *", *lines)
+    for request, status in ((head_of("HEAD", "/static/page.js", *lines), 200), (unchanged, 304)):
+        async with connect(fresh) as client:
+            await client.send(request)
+            assert (await client.head())[0] == status
+            assert await client.end() == b""
 
 
 @contextlib.asynccontextmanager
