@@ -14,10 +14,10 @@ import random
 import statistics
 
 # Seconds of CPU, as bench/cluster.py and bench/fanout.py measure them; see docs/scale.md.
-ANNOTATE = {"640 x 480": 0.025, "2 MP": 0.075, "12 MP": 0.125}
-WEB_PHOTO = 0.0019
+ANNOTATE = {"640 x 480": 0.025, "2 MP": 0.077, "12 MP": 0.122}  # with Celery
+WEB_PHOTO = 0.0016
 WEB_MESSAGE = 0.000014  # a watcher and an image
-REDIS_PHOTO = 0.0008
+REDIS_PHOTO = 0.0007
 REDIS_NEWS = 0.000013  # a web process and an image
 BUSY = 0.7  # what a part may be busy on average, so that it can catch up
 PATIENCE = 1.0  # seconds, for 99 of 100 photos
@@ -67,7 +67,7 @@ def main() -> None:
             seconds = rate * (WEB_PHOTO + watchers * WEB_MESSAGE)
             web = max(math.ceil(seconds / BUSY), math.ceil(watchers / 10_000))
             redis = rate * (REDIS_PHOTO + web * REDIS_NEWS) / BUSY
-            print(f"| {rate:,} | {watchers:,} | {web:,} | {redis:,.1f} |")
+            print(f"| {rate:,} | {watchers:,} | {web:,} | {redis:,.2f} |")
 
 
 if __name__ == "__main__":
