@@ -48,7 +48,7 @@ async def soak(posts: int) -> bool:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
-    while not (found := re.search(rb"open +(http\S+)", await process.stdout.readline())):
+    while not (found := re.search(rb"open +(http\S+)/", await process.stdout.readline())):
         pass
     url = found[1].decode()
     bodies, numbers, statuses, samples = make_photos(), iter(range(posts)), Counter(), []
