@@ -956,9 +956,7 @@ def check(config: Config) -> Config:
     if not config.host or not config.host.isprintable():  # "" would mean any address
         raise ValueError(f"--host must be a name or an address, not {config.host!r}")
     url = config.public_url.strip()
-    if url and not (
-        PUBLIC_URL.fullmatch(url) and urlsplit(url).hostname
-    ):  # or it raises ValueError
+    if url and not (PUBLIC_URL.fullmatch(url) and urlsplit(url).hostname):  # or urlsplit() raises
         raise ValueError(f"--public-url must be like https://faces.example.org, not {url!r}")
     return replace(config, public_url=url)
 
