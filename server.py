@@ -220,7 +220,7 @@ CONFIG = web.AppKey("CONFIG", Config)
 DETECTOR: web.AppKey[Detector] = web.AppKey("DETECTOR")
 THREADS = web.AppKey("THREADS", ThreadPoolExecutor)
 IMAGES = web.AppKey("IMAGES", ImageStore)
-Watcher = tuple[web.Request, str, bool]  # who, by which base_url(), with JSON or not
+Watcher = tuple[web.Request, str, bool]  # its request, base_url(), and whether it wants JSON
 WATCHERS: web.AppKey[dict[web.WebSocketResponse, Watcher]] = web.AppKey("WATCHERS")
 ADDRESS = web.AppKey("ADDRESS", str)  # the URL that serve() prints
 SHRINKING = web.AppKey("SHRINKING", asyncio.Lock)
@@ -600,7 +600,7 @@ def base_url(request: web.Request) -> str:
 
 
 async def set_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Let pages read the answers (others were refused), but not frame, guess or keep them."""
+    """Let allowed pages read the answers; none may frame them, and no browser guesses types."""
     for name in ("Origin", "Methods", "Headers"):
         response.headers.setdefault(f"Access-Control-Allow-{name}", "*")
     response.headers.setdefault("Cache-Control", "no-cache")  # browsers would keep an old page
@@ -737,7 +737,7 @@ async def explain_errors(request: web.Request, handler: Handler) -> web.StreamRe
     try:
         response = await handler(request)
         if isinstance(response, web.FileResponse):
-            # Not compressed, but also not by sendfile(), where a client that leaves is a traceback.
+            # This turns off sendfile(), which logs a traceback if the client leaves.
             response.enable_compression(web.ContentCoding.identity)
         return response
     except web.HTTPError as error:
