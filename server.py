@@ -453,14 +453,17 @@ def still_png(png: bytes) -> bytes:
 
 # --- Uploads and forms ---
 UPLOADS_AT_ONCE = 8  # bodies of --max-mb that all uploads under way may hold together
+MAX_CONTENT_TYPE = 256  # characters; the time to parse them grows with their square
 MAX_PARTS = 100  # of a form
 MAX_PART_HEADERS = 2048  # bytes
-MAX_PARAMETERS = 20  # of a part; the time to parse them grows with their square
+MAX_PARAMETERS = 20  # of a part; this time, too, grows with their square
 MAX_FILENAME = 255  # characters
 
 
 async def read_photo(request: web.Request) -> tuple[str | None, bytes]:
     """Return filename and content of the photo in a body or its form. Raises an HTTPError."""
+    if len(request.headers.get("Content-Type", "")) > MAX_CONTENT_TYPE:
+        raise web.HTTPBadRequest(text=f"The Content-Type is over {MAX_CONTENT_TYPE} characters.")
     filename, photo = None, await read_body(request)
     if request.content_type == "multipart/form-data":
         files = find_files(photo, request.headers["Content-Type"]) or await read_files(request)
@@ -516,8 +519,7 @@ def find_files(form: bytes, content_type: str) -> list[tuple[str, bytes]]:
 
     Not with aiohttp's own reader: a form of short lines would keep it, and so everybody, busy.
     """
-    short_type = content_type[:256]  # a long one would keep the parser busy
-    boundary = message_from_string(f"Content-Type: {short_type}").get_boundary()
+    boundary = message_from_string(f"Content-Type: {content_type}").get_boundary()
     first_line = form.lstrip().partition(b"\r\n")[0]
     line = f"--{boundary}".encode(errors="replace") if boundary else first_line
     parts, end, _ = (b"\r\n" + form).partition(b"\r\n" + line + b"--")
@@ -712,8 +714,7 @@ async def wait_until_gone(websocket: web.WebSocketResponse, request: web.Request
         times.append(time.monotonic())
         if len(times) == MAX_MESSAGES and times[-1] - times[0] < MESSAGES_TIME:
             cut_off(request)
-            break  # what else it has sent is dropped
-        if message.type is WSMsgType.PING:
+        elif message.type is WSMsgType.PING:
             await websocket.pong(message.data)
 
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 import pytest_asyncio
 from aiohttp.test_utils import TestServer
-from helpers import INSTALL, ROOT, TIMEOUT, Server, run_server, until
+from helpers import INSTALL, NOTE_TURNS, ROOT, TIMEOUT, Server, run_server, until
 from photos import cv2, encode, pixels
 
 from server import create_app, load_detector
@@ -76,6 +76,13 @@ def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         return program
 
     return changed
+
+
+@pytest.fixture
+def timed(changed: Callable[[str], Path]) -> Iterator[Server]:
+    """A server of one's own that notes the turns of its event loop."""
+    with run_server(program=changed(NOTE_TURNS)) as server:
+        yield server
 
 
 # --- The browser ---

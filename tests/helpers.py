@@ -59,12 +59,15 @@ def run_server(
     In the end it must stop in time, with exit code 0 and no traceback in its log, unless allowed.
     """
     command = [sys.executable, str(program), "--port", "0", *options]
+    # glibc gives large memory back as soon as it is freed; else memory() could not tell.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
     if files:
         command = ["sh", "-c", f'ulimit -n {files} && exec "$@"', "sh", *command]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         with log.open("w") as stderr:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": stderr}
+            process = subprocess.Popen(command, env=environment, text=True, **pipes)
         watchdog = threading.Timer(TIMEOUT, process.kill)
         watchdog.start()
         try:
@@ -125,28 +128,32 @@ def cpu_time(server: Server, loop_only: bool = False) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-class Health(threading.Thread):
-    """Somebody who asks for /health all the time, in a thread, and notes how long each takes."""
+# A program that writes down how long each turn of its event loop takes
+NOTE_TURNS = """
+import selectors
+import time
 
-    def __init__(self, server: Server) -> None:
-        super().__init__()
-        self.url, self.over = f"{server.url}/health", threading.Event()
-        self.waits: list[float] = []  # seconds
 
-    def run(self) -> None:
-        while not self.over.wait(0.02):
-            start = time.monotonic()
-            with urllib.request.urlopen(self.url, timeout=TIMEOUT) as answer:
-                assert answer.status == 200
-            self.waits.append(time.monotonic() - start)
+class Turns(selectors.DefaultSelector):
+    file = open(server.Path(__file__).with_name("turns"), "w", buffering=1)
+    begin = None
 
-    def __enter__(self) -> "Health":
-        self.start()
-        return self
+    def select(self, timeout=None):
+        if self.begin is not None:
+            print(time.thread_time() - self.begin, file=self.file)
+        events = super().select(timeout)
+        self.begin = time.thread_time()
+        return events
 
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.join()
+
+selectors.DefaultSelector = Turns"""
+
+
+def turns(server: Server) -> list[float]:
+    """Return the CPU seconds of each turn of the event loop so far. All others wait for a turn."""
+    assert isinstance(server.process.args, list)
+    lines = Path(server.process.args[1]).with_name("turns").read_text().rpartition("\n")[0]
+    return [float(line) for line in lines.split()]
 
 
 # --- A client with manners ---
