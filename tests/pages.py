@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from helpers import TIMEOUT
 from photos import encode, np
 
 if TYPE_CHECKING:
-    from playwright.async_api import Page
+    from playwright.async_api import Page, Route
 
     Visit = Callable[..., Awaitable[Page]]
 
@@ -39,6 +40,17 @@ async def choose(page: Page, *files: Path) -> None:
 
 def names(page: Page) -> Any:
     return expect(page.locator("#photos .name"))
+
+
+@contextlib.asynccontextmanager
+async def unanswered(page: Page, pattern: str) -> AsyncIterator[list[Route]]:
+    """Hold these requests of a page back, and gather them; in the end they fail."""
+    routes: list[Route] = []
+    await page.route(pattern, lambda route: routes.append(route))
+    yield routes
+    for route in routes:  # Playwright would wait for each, beyond the end of the tests
+        await route.abort()
+    await page.unroute(pattern)
 
 
 def grey_jpeg(width: int, height: int) -> bytes:

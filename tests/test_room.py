@@ -33,14 +33,25 @@ from helpers import (
     to_get,
     to_post,
 )
-from pages import CARDS, LAPTOP, PHONE, PROJECTOR, choose, connected, expect, grey_jpeg, names
+from pages import (
+    CARDS,
+    LAPTOP,
+    PHONE,
+    PROJECTOR,
+    choose,
+    connected,
+    expect,
+    grey_jpeg,
+    names,
+    unanswered,
+)
 from photos import ASTRONAUT, ASTRONAUT_FILE, MIB, TINY, cv2, encode, np, photo_of, pixels
 
 from server import shrink
 
 if TYPE_CHECKING:
     from pages import Visit
-    from playwright.async_api import Browser, Page, Route
+    from playwright.async_api import Browser, Page
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 SIDE = PHONE | {"viewport": {"width": 740, "height": 360}}
@@ -391,28 +402,21 @@ async def test_an_upload_that_hangs_times_out(visit: Visit) -> None:
         await expect(page.locator("#more")).to_have_text("1 watching")
         assert await page.evaluate("longestUpload") == 25_000  # the server's 5 s, and 20 more
         await page.evaluate("longestUpload = 300")
-        await page.route("**/image", lambda route: None)  # nobody answers
-        await choose(page, ASTRONAUT_FILE)
-        await expect(page.locator("#refusals p")).to_contain_text(["cannot be reached"])
-        await expect(page.get_by_role("button", name="Try again")).to_be_visible()
+        async with unanswered(page, "**/image"):
+            await choose(page, ASTRONAUT_FILE)
+            await expect(page.locator("#refusals p")).to_contain_text(["cannot be reached"])
+            await expect(page.get_by_role("button", name="Try again")).to_be_visible()
 
 
 async def test_uploads_can_be_cancelled(url: str, visit: Visit) -> None:
     page = await connected(await visit(url))
-    asked = asyncio.Event()
-
-    async def hang(route: Route) -> None:
-        asked.set()
-
-    await page.route("**/image", hang)
-    await choose(page, *[ASTRONAUT_FILE] * 3)
-    async with asyncio.timeout(TIMEOUT):
-        await asked.wait()
-    await page.get_by_role("button", name="Cancel").press("Enter")
-    await expect(page.locator("#upload")).to_be_hidden()
-    await expect(page.locator("#refusals > li")).to_have_count(0)
-    await expect(page.get_by_label("Choose photos")).to_be_focused()
-    await page.unroute("**/image")
+    async with unanswered(page, "**/image"):
+        async with page.expect_request("**/image"):
+            await choose(page, *[ASTRONAUT_FILE] * 3)
+        await page.get_by_role("button", name="Cancel").press("Enter")
+        await expect(page.locator("#upload")).to_be_hidden()
+        await expect(page.locator("#refusals > li")).to_have_count(0)
+        await expect(page.get_by_label("Choose photos")).to_be_focused()
     await choose(page, ASTRONAUT_FILE)
     await names(page).to_have_text(["astronaut.jpg"])
 
