@@ -27,6 +27,7 @@ from photos import ASTRONAUT, TINY
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 30  # s, for every wait: the tests may share their CPUs with others
+STOP = 10  # s: so long Docker waits for a stop, of which the server's own waits take 6
 INSTALL = "pip install -r tests/requirements.txt"
 NPM_INSTALL = "npm install --prefix tests --no-package-lock --ignore-scripts"
 
@@ -80,7 +81,7 @@ def run_server(
             yield Server(process, found[1], int(found[2]), log)
             if process.poll() is None:
                 process.terminate()
-                assert process.wait(8) == 0
+                assert process.wait(STOP) == 0
             text = log.read_text()
             assert "Warning" not in text, text[:3000]
             _, traceback, tail = text.partition("Traceback")
@@ -345,7 +346,7 @@ async def stuffed(server: Server) -> AsyncIterator[Client]:
     async with (
         watch(server, "?format=json", receive_buffer=2048) as deaf,
         connect(server) as client,
-        asyncio.timeout(TIMEOUT),  # nobody waits for it
+        asyncio.timeout(4 * TIMEOUT),  # for 4,000 posts
     ):
         for _ in range(20):
             await client.send(to_post(LONG_NAME, FORM) * 200)

@@ -215,14 +215,14 @@ FILLERS = [b"\t", b"a:b\r\n", b"\r\n", b"; ", b'; filename="', b";filename*=", b
 async def test_a_form_of_19_mb_of_anything_holds_nobody_up(
     server: Server, start: bytes, filler: bytes
 ) -> None:
-    """It keeps the event loop no longer busy than some honest forms of that size."""
+    """It keeps the event loop no longer busy than 20 honest forms of that size."""
     honest = START + b"\r\n" + photos.film(19 * 10**6) + b"\r\n--b--\r\n"
     form = start + filler * (19 * 10**6 // len(filler)) + b"\r\n\r\na\r\n--b--\r\n"
     times = [cpu_time(server, loop_only=True)]
     for body in (honest, form):
         assert (await ask(server, to_post(body, FORM))).status in (400, 415)
         times.append(cpu_time(server, loop_only=True))
-    assert times[2] - times[1] < 8 * (times[1] - times[0])
+    assert times[2] - times[1] < 20 * (times[1] - times[0])
 
 
 @pytest.mark.parametrize("name", ["=?utf-8?b?a?=", "=?none?q?a?=", "=?hex?q?a?="])
@@ -453,7 +453,7 @@ async def test_a_client_that_leaves_a_damaged_photo_leaves_no_traceback() -> Non
 
 # --- Photos that wait ---
 async def test_each_thread_has_its_own_queue() -> None:
-    slow = photos.png(9, 9, photos.zeros(250 * MIB))  # libpng reads them for half a second
+    slow = photos.png(9, 9, photos.zeros(750 * MIB))  # libpng reads them for a second or two
     with run_server("--threads", "2", "--queue", "1") as server:
         answers = await asyncio.gather(*(ask(server, to_post(slow)) for _ in range(5)))
         assert sorted(answer.status for answer in answers) == [201] * 4 + [503]
@@ -699,10 +699,9 @@ async def test_a_watcher_may_send_a_hundred_messages_if_it_takes_its_time(
     with run_server(program=changed("server.MESSAGES_TIME = 0.5")) as server:
         async with watch(server) as good:
             for _ in range(2):
-                await good.send(frame(PONG, b"") * 60)
+                await good.send(frame(PONG, b"") * 60 + frame(PING, b"still there"))
+                assert await good.frame() == (PONG, b"still there")
                 await asyncio.sleep(0.6)
-            await good.send(frame(PING, b"still there"))
-            assert await good.frame() == (PONG, b"still there")
 
 
 @pytest.mark.parametrize("watching", [False, True], ids=["image", "watcher"])

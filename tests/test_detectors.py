@@ -121,7 +121,7 @@ def test_a_photo_full_of_proposals_is_searched_in_time() -> None:
         detector.cascade = fake(0, windows[:number])
         assert detector(np.zeros((1254, 1254, 3), np.uint8)) == []
         times.append(time.thread_time())
-    assert times[2] - times[1] < 20 * (times[1] - times[0])
+    assert times[2] - times[1] < 60 * (times[1] - times[0])
 
 
 @pytest.mark.parametrize(("size", "degrees"), [(480, 20), (512, -16), (640, 20), (800, -16)])

@@ -21,6 +21,7 @@ from helpers import (
     CLOSE,
     PINGS,
     ROOT,
+    STOP,
     TEXTS,
     TIMEOUT,
     Server,
@@ -289,7 +290,7 @@ async def test_a_thread_that_never_ends_does_not_delay_the_stop(changed) -> None
         async with connect(server) as client:
             await client.send(to_post(TINY))
             await until(server, queued=1)
-            assert await stop(server) < 8
+            assert await stop(server) < STOP
 
 
 async def test_it_can_be_stopped_as_soon_as_it_says_where_it_listens() -> None:
@@ -307,7 +308,7 @@ async def test_it_can_be_stopped_as_soon_as_it_says_where_it_listens() -> None:
 
 
 async def test_at_the_stop_photos_are_finished_and_watchers_told(fresh: Server) -> None:
-    photo = photos.photo_of(2000, 1500)
+    photo = photos.photo_of(1000, 1000)
     async with contextlib.AsyncExitStack() as stack:
         good = await stack.enter_async_context(watch(fresh))
         for _ in range(20):
@@ -327,7 +328,7 @@ async def test_at_the_stop_photos_are_finished_and_watchers_told(fresh: Server) 
         announced = [(await good.frame())[1].decode() for _ in range(4)]
         assert {answer.headers["Location"] for answer in answers} < set(announced)
         assert await good.frame() == (CLOSE, struct.pack(">H", 1001))
-        assert await stopping < 8
+        assert await stopping < STOP
 
 
 PIPELINE = to_get("/health") * 300
@@ -340,12 +341,12 @@ PIPELINE = to_get("/health") * 300
 )
 async def test_a_flood_does_not_delay_the_stop(fresh: Server, data: bytes, watching: bool) -> None:
     async with flooding(fresh, data, watching):
-        assert await stop(fresh) < 8
+        assert await stop(fresh) < STOP
 
 
 async def test_a_watcher_that_does_not_read_does_not_delay_the_stop(fresh: Server) -> None:
     async with stuffed(fresh):
-        assert await stop(fresh) < 8
+        assert await stop(fresh) < STOP
 
 
 async def test_a_photo_that_takes_a_minute_does_not_delay_the_stop(fresh: Server) -> None:
@@ -353,4 +354,4 @@ async def test_a_photo_that_takes_a_minute_does_not_delay_the_stop(fresh: Server
     async with connect(fresh) as client:
         await client.send(to_post(photos.png(9, 9, photos.zeros(20_000 * MIB))))
         await until(fresh, queued=1)
-        assert await stop(fresh) < 8
+        assert await stop(fresh) < STOP

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -282,19 +283,22 @@ async def test_only_the_blocking_server_makes_others_wait_for_a_photo(
             room.run("\n".join(command for command, _ in listing))
     room.start(f"python {program}.py")
 
-    async def post() -> float:
+    async def time_post() -> float:
         start = time.monotonic()
         async with client.post("/image", data=(room.folder / "large.jpg").read_bytes()) as answer:
             assert answer.status == 200
         return time.monotonic() - start
 
-    posting, longest = asyncio.create_task(post()), 0.0
-    while not posting.done():
-        start = time.monotonic()
-        async with client.get("/") as answer:
-            assert answer.status == 404
-        longest = max(longest, time.monotonic() - start)
-    assert (longest > await posting / 2) == blocks
+    waits = []
+    for _ in range(5):  # the machine may have held up one or two
+        posting, longest = asyncio.create_task(time_post()), 0.0
+        while not posting.done():
+            start = time.monotonic()
+            async with client.get("/") as answer:
+                assert answer.status == 404
+            longest = max(longest, time.monotonic() - start)
+        waits.append(longest / await posting)
+    assert (statistics.median(waits) > 1 / 2) == blocks, waits
 
 
 @pytest.mark.parametrize("step", ["step3", "step4", "step5"])
