@@ -150,11 +150,35 @@ class Turns(selectors.DefaultSelector):
 selectors.DefaultSelector = Turns"""
 
 
+# A program that finds no face until open_gate()
+GATE = """
+import time
+
+
+def wait(_):
+    while not server.Path(__file__).with_name("gate").exists():
+        time.sleep(0.01)
+    return []
+
+
+server.load_detector = lambda *_: wait"""
+
+
+def beside(server: Server, name: str) -> Path:
+    """Return the path of a file in the folder of the server's program."""
+    assert isinstance(server.process.args, list)
+    return Path(server.process.args[1]).with_name(name)
+
+
 def turns(server: Server) -> list[float]:
     """Return the CPU seconds of each turn of the event loop so far. All others wait for a turn."""
-    assert isinstance(server.process.args, list)
-    lines = Path(server.process.args[1]).with_name("turns").read_text().rpartition("\n")[0]
+    lines = beside(server, "turns").read_text().rpartition("\n")[0]
     return [float(line) for line in lines.split()]
+
+
+def open_gate(server: Server) -> None:
+    """Let the photos go on that wait in GATE."""
+    beside(server, "gate").touch()
 
 
 # --- A client with manners ---
