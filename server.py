@@ -456,7 +456,7 @@ UPLOADS_AT_ONCE = 8  # bodies of --max-mb that all uploads under way may hold to
 MAX_CONTENT_TYPE = 256  # characters; the time to parse them grows with their square
 MAX_PARTS = 100  # of a form
 MAX_PART_HEADERS = 2048  # bytes
-MAX_PARAMETERS = 20  # of a part; this time, too, grows with their square
+MAX_PARAMETERS = 20  # of a part, for the same reason
 MAX_FILENAME = 255  # characters
 
 
