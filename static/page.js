@@ -77,6 +77,8 @@ async function remember() {
     for (const photo of kept) known.add(photo.id);
     const newer = photos.filter((photo) => !known.has(photo.id));
     photos = [...newer, ...kept].slice(0, KEEP);
+    for (const img of document.querySelectorAll("#photos img[src]"))
+      if (img.complete && !img.naturalWidth) near.observe(img); // it failed: ask for it again
   } else setTimeout(remember, HEALTH_PAUSE); // the network failed: ask again
   show();
 }
@@ -192,9 +194,8 @@ async function load() {
   if (loading) return;
   loading = true;
   for (let img = newest(); img; img = newest()) {
-    const done = [once(img, "load"), once(img, "error"), pause(LONGEST_WAIT)];
     start(img);
-    await Promise.race(done);
+    await Promise.race([once(img, "load"), once(img, "error"), pause(LONGEST_WAIT)]);
   }
   loading = false;
 }
@@ -322,8 +323,7 @@ async function postNext(file) {
     if (queue.total) await post(photo, (part) => (bar.value = part));
   } catch ({ status, problem }) {
     if (!queue.total) return; // it was cancelled
-    const mayPass = [0, 408, 503].includes(status);
-    const again = mayPass ? () => postAll([file]) : null;
+    const again = [0, 408, 503].includes(status) ? () => postAll([file]) : null; // it may pass
     say(`${name}: ${explain(status, problem, photo.size)}`, again);
   }
 }

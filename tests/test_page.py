@@ -401,6 +401,17 @@ async def test_an_upload_that_failed_can_be_tried_again(url: str, visit: Visit) 
     await expect(page.locator("#refusals > li")).to_have_count(0)
 
 
+async def test_photos_that_are_chosen_meanwhile_wait_their_turn(url: str, visit: Visit) -> None:
+    page = await connected(await visit(url))
+    async with unanswered(page, "**/image") as asked:
+        async with page.expect_request("**/image"):
+            await choose(page, ASTRONAUT_FILE)
+        await choose(page, ASTRONAUT_FILE)
+        await page.evaluate("smaller(new File(['a'], 'a.jpg'))")  # so long it takes to ask
+        assert len(asked) == 1
+    await expect(page.locator("#upload")).to_be_hidden()
+
+
 # --- Watch ---
 
 
@@ -430,9 +441,8 @@ async def test_a_late_visitor_sees_the_photos_that_are_kept(
     await names(page).to_have_text(["2.jpg", "1.jpg", "0.jpg"])
 
 
-async def test_after_a_lost_connection_the_page_shows_what_it_missed(
-    url: str, visit: Visit
-) -> None:
+async def visit_to_lose(visit: Visit, url: str) -> tuple[Page, list[WebSocketRoute]]:
+    """Open the page, whose time stands still; return it and its websockets, to close."""
     page = await visit(f"{url}/health", paused=True)
     sockets: list[WebSocketRoute] = []
 
@@ -442,6 +452,13 @@ async def test_after_a_lost_connection_the_page_shows_what_it_missed(
 
     await page.route_web_socket(re.compile("/faces"), connect)
     await connected_page(page, url)
+    return page, sockets
+
+
+async def test_after_a_lost_connection_the_page_shows_what_it_missed(
+    url: str, visit: Visit
+) -> None:
+    page, sockets = await visit_to_lose(visit, url)
     for number in range(2):
         await post_photo(url, TINY, f"{number}.jpg")
     await names(page).to_have_text(["1.jpg", "0.jpg"])
@@ -539,6 +556,18 @@ async def test_a_slow_viewer_skips_to_the_newest(url: str, visit: Visit) -> None
     released.set()
     await expect(page.locator("#photos img").nth(2)).not_to_have_js_property("naturalWidth", 0)
     assert asked == [urls[0], urls[3], urls[2], urls[1]]
+
+
+async def test_after_a_lost_connection_a_picture_that_failed_comes(url: str, visit: Visit) -> None:
+    page, sockets = await visit_to_lose(visit, url)
+    await page.route("**/image/*", lambda route: route.abort())
+    async with page.expect_event("requestfailed"):
+        await post_photo(url)
+    await page.unroute("**/image/*")
+    await sockets[0].close()
+    await expect(page.locator("#state")).to_contain_text("The server is away")
+    await page.clock.run_for(1000)  # until it connects again
+    await expect(page.locator("#photos img")).not_to_have_js_property("naturalWidth", 0)
 
 
 async def test_only_pictures_near_the_screen_are_loaded(url: str, visit: Visit) -> None:
