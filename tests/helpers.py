@@ -153,7 +153,7 @@ class Turns(selectors.DefaultSelector):
 selectors.DefaultSelector = Turns"""
 
 
-# A program that finds no face until open_gate()
+# A program that looks at photos without end, or until open_gate(), and finds no face
 GATE = """
 import time
 

@@ -19,6 +19,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from helpers import (
     CLOSE,
+    GATE,
     PINGS,
     ROOT,
     STOP,
@@ -254,15 +255,9 @@ async def test_a_program_around_it_goes_on_after_the_stop(tmp_path: Path) -> Non
             process.kill()
 
 
-SLOW = """
-import time
-
-server.load_detector = lambda *_: lambda _: time.sleep(120)"""
-
-
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 async def test_a_second_ctrl_c_ends_it_at_once(changed, first: signal.Signals) -> None:
-    with run_server(program=changed(SLOW)) as server:
+    with run_server(program=changed(GATE)) as server:
         async with connect(server) as client:
             await client.send(to_post(TINY))
             await until(server, queued=1)
@@ -286,7 +281,7 @@ async def test_a_photo_that_comes_during_the_stop_is_answered() -> None:
 
 
 async def test_a_thread_that_never_ends_does_not_delay_the_stop(changed) -> None:
-    with run_server(program=changed(SLOW)) as server:
+    with run_server(program=changed(GATE)) as server:
         async with connect(server) as client:
             await client.send(to_post(TINY))
             await until(server, queued=1)
