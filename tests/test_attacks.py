@@ -24,6 +24,8 @@ from helpers import (
     START,
     TEXT,
     TIMEOUT,
+    Answer,
+    Client,
     Server,
     ask,
     chunked,
@@ -407,25 +409,38 @@ async def test_uploads_that_stall_keep_nobody_from_posting(fresh: Server) -> Non
         assert not any(each.done() for each in stalled)
 
 
-async def test_uploads_take_no_more_memory_than_eight_bodies() -> None:
-    """What has come of them counts, not what they claim; when one leaves, others may come."""
-    large, cut = b"a" * MIB, MIB - 9
+@contextlib.asynccontextmanager
+async def eight_uploads(server: Server) -> AsyncIterator[dict[Client, asyncio.Task[Answer]]]:
+    """Clients that lack nine bytes of a body each, and their answers: a ninth was refused."""
     async with contextlib.AsyncExitStack() as stack:
-        server = stack.enter_context(run_server("--max-mb", "1"))
-        clients = [await stack.enter_async_context(connect(server)) for _ in range(8)]
+        clients = [await stack.enter_async_context(connect(server)) for _ in range(9)]
         for client in clients:
-            await client.send(
-                to_post(large)[: cut + len(head_of("POST", "/image", "Content-Length: 1048576"))]
-            )
-        async with asyncio.timeout(TIMEOUT):
-            while (await ask(server, to_post(large[:500]))).status != 503:
-                pass
-            clients[0].reset()
-            while (await ask(server, to_post(large[:500]))).status == 503:
-                pass
-        for client in clients[1:]:  # they were in time
-            await client.send(large[cut:])
-            assert (await client.answer()).says(415)
+            await client.send(to_post(bytes(MIB))[:-9])
+        answers = {client: asyncio.create_task(client.answer()) for client in clients}
+        (refused,), _ = await asyncio.wait(
+            answers.values(), timeout=TIMEOUT, return_when=asyncio.FIRST_COMPLETED
+        )
+        assert refused.result().says(503, "Too many uploads (--max-mb).")
+        yield {client: answer for client, answer in answers.items() if answer is not refused}
+        await asyncio.gather(*answers.values(), return_exceptions=True)
+
+
+async def test_uploads_take_no_more_memory_than_eight_bodies() -> None:
+    with run_server("--max-mb", "1") as server:
+        async with eight_uploads(server) as uploads:
+            for client, answer in uploads.items():
+                await client.send(bytes(9))
+                assert (await answer).says(415)
+
+
+async def test_uploads_that_end_early_give_their_memory_back() -> None:
+    with run_server("--max-mb", "1") as server:
+        async with eight_uploads(server) as uploads:
+            for client in uploads:
+                client.reset()
+            async with asyncio.timeout(TIMEOUT):
+                while (await ask(server, to_post(bytes(MIB)))).status == 503:
+                    pass
 
 
 async def test_clients_that_leave_give_their_place_back() -> None:
