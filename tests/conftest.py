@@ -37,7 +37,7 @@ DETECTOR = load_detector()
 # --- Servers ---
 @pytest.fixture(scope="module")
 def shared_server() -> Iterator[Server]:
-    with run_server("--upload-timeout", "3") as server:
+    with run_server() as server:
         yield server
 
 
@@ -63,6 +63,13 @@ async def url(caplog: pytest.LogCaptureFixture) -> AsyncIterator[str]:
     async with TestServer(create_app(detector=DETECTOR)) as running:
         yield f"http://127.0.0.1:{running.port}"
     assert "Traceback" not in caplog.text
+
+
+@pytest.fixture
+def impatient() -> Iterator[Server]:
+    """A server that soon cuts off a client who does not go on."""
+    with run_server("--upload-timeout", "3") as server:
+        yield server
 
 
 @pytest.fixture
