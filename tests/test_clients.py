@@ -488,6 +488,7 @@ defaults
     timeout client 9s
     timeout server 9s
     timeout connect 9s
+    timeout check 9s
 frontend front
     bind 127.0.0.1:PORT
     default_backend back
