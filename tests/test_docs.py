@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import photos
 import pytest
 from helpers import INSTALL, NPM_INSTALL, ROOT, TIMEOUT, ask_json, post_photo, run_server
-from pages import expect
+from pages import expect, unanswered
 from photos import ASTRONAUT, ASTRONAUT_FILE
 
 import server
@@ -171,9 +171,10 @@ def swagger_ui() -> Path:
 
 
 async def visit_docs(visit: Visit, url: str, route: Callable[[Route], Awaitable[None]]) -> Page:
-    page = await visit(url, allow=CDN)
+    page = await visit(url, allow=CDN, paused=True)  # on a slow machine, it might wait no longer
     await page.route(f"{CDN}/**", route)
     await page.goto(f"{url}/docs")
+    await page.clock.resume()
     return page
 
 
@@ -206,6 +207,18 @@ async def test_without_internet_a_page_of_our_own_shows_each_operation_and_posts
     await post.get_by_role("button", name="Send").click()
     await expect(post.locator("output")).to_contain_text('"filename": "astronaut.jpg"')
     await expect(page.get_by_text("width (query)")).to_be_visible()
+
+
+async def test_a_network_that_swallows_requests_shows_our_own_page_after_3_s(
+    url: str, visit: Visit
+) -> None:
+    page = await visit(url, allow=CDN, paused=True)
+    async with unanswered(page, f"{CDN}/**"):
+        await page.goto(f"{url}/docs", wait_until="domcontentloaded")
+        await page.clock.run_for(2900)
+        await expect(page.locator("h2")).to_have_count(0)
+        await page.clock.run_for(100)
+        await expect(page.locator("h2").first).to_be_visible()
 
 
 # --- The documents in Markdown ---
