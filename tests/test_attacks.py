@@ -294,7 +294,7 @@ async def test_a_client_that_sends_all_before_it_reads_learns_why_it_is_refused(
 
 
 async def test_a_refused_body_that_trickles_is_cut_off(impatient: Server) -> None:
-    async with connect(impatient) as slow, asyncio.timeout(10):
+    async with connect(impatient) as slow, asyncio.timeout(TIMEOUT):
         await slow.send(head_of("POST", "/nothing", "Content-Length: 99"))
         assert (await slow.answer()).says(404)
         ending = asyncio.create_task(slow.end())
