@@ -294,7 +294,7 @@ async def test_a_client_that_sends_all_before_it_reads_learns_why_it_is_refused(
 
 
 async def test_a_refused_body_that_trickles_is_cut_off(impatient: Server) -> None:
-    async with connect(impatient) as slow, asyncio.timeout(TIMEOUT):
+    async with connect(impatient) as slow, asyncio.timeout(10):
         await slow.send(head_of("POST", "/nothing", "Content-Length: 99"))
         assert (await slow.answer()).says(404)
         ending = asyncio.create_task(slow.end())
@@ -458,6 +458,7 @@ async def test_clients_that_leave_give_their_place_back() -> None:
                     await client.send(to_post(photo)[:cut])
                     client.reset()
             assert (await ask_until_accepted(server, to_post(TINY))).says(201)
+            await until(server, queued=0)
 
 
 async def test_a_client_that_leaves_a_damaged_photo_leaves_no_traceback(
